@@ -1,0 +1,46 @@
+"""Fixtures that every test folder shares."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Protocol
+
+import pytest
+
+from scripts.make_model import make_model
+
+
+class TinyModel(Protocol):
+    """`tiny_model(preset, type, kv_b, sparse=..., **geometry)` -> path; made once per session."""
+
+    def __call__(
+        self,
+        preset: str = "tiny-v3",
+        type: str = "F32",
+        kv_b: str = "joint",
+        *,
+        sparse: bool = False,
+        **geometry: float | bool,
+    ) -> Path: ...
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> TinyModel:
+    """Random-weight GGUF files (scripts/make_model.py); treat them as read-only."""
+    folder = tmp_path_factory.mktemp("models")
+
+    def make(
+        preset: str = "tiny-v3",
+        type: str = "F32",
+        kv_b: str = "joint",
+        *,
+        sparse: bool = False,
+        **geometry: float | bool,
+    ) -> Path:
+        changes = "".join(f"-{key}={value}" for key, value in sorted(geometry.items()))
+        path = folder / f"{preset}-{type}-{kv_b}{'-sparse' * sparse}{changes}.gguf"
+        if not path.exists():
+            make_model(path, preset=preset, type=type, kv_b=kv_b, overrides=geometry, sparse=sparse)
+        return path
+
+    return make
