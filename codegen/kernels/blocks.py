@@ -1,0 +1,102 @@
+"""Reading stored formats inside kernels: 32 consecutive values of a row, decoded.
+
+The layouts come from codegen/formats.py as data; here is only how a register gets at them. Rows are
+`Pointer`s to bytes (u8); block b of a row holds its values 32 b .. 32 b + 31, float formats too.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from codegen.dtypes import f16, f32, i8, u8
+from codegen.formats import BlockFormat
+from codegen.values import Pointer, Value
+
+if TYPE_CHECKING:
+    from codegen.builder import Kernel
+
+BLOCK = 32
+
+
+def block_at(fmt: BlockFormat, row: Pointer, block: Any) -> Pointer:
+    """Address of 32 values: behind the row's header, block by block."""
+    step = fmt.block_bytes * (BLOCK // fmt.size)
+    return row.bytes(fmt.header_bytes).bytes(block * step)
+
+
+def load_block(k: Kernel, fmt: BlockFormat, row: Pointer, block: Any) -> list[Value]:
+    """The 32 values of a block as f32 vectors of the target's lanes, in order."""
+    at, n = block_at(fmt, row, block), k.target.lanes
+    if not fmt.is_quantised:
+        source = fmt.fields[0].type
+        return [
+            at.cast(source).at(i).load(source * n).to(f32) for i in range(0, BLOCK, n)
+        ]
+    scale = k.const(row_scale(k, fmt, row, at), f32 * n)
+    parts = signed_codes(k, fmt, at, n)
+    return [part.to(f32) * scale for part in parts]
+
+
+def row_scale(k: Kernel, fmt: BlockFormat, row: Pointer, block: Pointer) -> Value:
+    """d of the block, or of its row for formats that scale whole rows."""
+    if fmt.header:
+        return row.bytes(fmt.field_offset("d"), f32).load()
+    return block.bytes(fmt.field_offset("d"), f16).load().to(f32)
+
+
+def signed_codes(k: Kernel, fmt: BlockFormat, block: Pointer, n: int) -> list[Value]:
+    """The 32 codes as i8 vectors of n lanes, in order."""
+    at = block.bytes(fmt.field_offset("qs"), u8)
+    if not fmt.table and not fmt.offset:
+        return [at.cast(i8).at(i).load(i8 * n) for i in range(0, BLOCK, n)]
+    low, high = nibbles(k, at, n)
+    codes = low + high
+    if fmt.high_bits:
+        bits = high_bits(k, fmt, block, n)
+        codes = [c | b for c, b in zip(codes, bits, strict=True)]
+    if fmt.table:
+        return [lookup(k, fmt.table, c).bits_as(i8 * n) for c in codes]
+    return [(c + (fmt.offset & 255)).bits_as(i8 * n) for c in codes]
+
+
+def nibbles(k: Kernel, qs: Pointer, n: int) -> tuple[list[Value], list[Value]]:
+    """Low and high halves of 16 bytes, as u8 vectors of n lanes."""
+    packed = [qs.at(i).load(u8 * min(n, 16)) for i in range(0, 16, n)]
+    return [p & 15 for p in packed], [p >> 4 for p in packed]
+
+
+def lookup(k: Kernel, table: tuple[int, ...], index: Value) -> Value:
+    """table[index] per byte; short vectors are widened to what the hook takes."""
+    n = index.type.lanes
+    if n >= 16:
+        return k.target.lookup16(k, table, index)
+    wide = k.shuffle(index, index, [i % n for i in range(16)])
+    return k.target.lookup16(k, table, wide).lanes(0, n)
+
+
+def high_bits(k: Kernel, fmt: BlockFormat, block: Pointer, n: int) -> list[Value]:
+    """The bits above the nibble, already shifted into place, as u8 vectors in value order.
+
+    One bit (q5_0): bit j of the 32-bit word qh belongs to value j. Two bits (q6_0): byte j % 8 of
+    qh, shifted right by 4 for j >= 8, has two bits for value j and the next two for j + 16.
+    """
+    at = block.bytes(fmt.field_offset("qh"), u8)
+    if fmt.high_bits == 1:
+        word = [at[j // 8] for j in range(0, BLOCK, 8)]
+        parts = []
+        for start in range(0, BLOCK, n):
+            lanes = [k.splat(word[(start + j) // 8], min(n, 8)) for j in range(0, n, 8)]
+            spread = lanes[0] if len(lanes) == 1 else k.concat(lanes[0], lanes[1])
+            shift = k.vector([(start + j) % 8 for j in range(n)], u8)
+            parts.append(((spread >> shift) & 1) << 4)
+        return parts
+    eight = at.load(u8 * 8)
+    parts = []
+    for start in range(0, BLOCK, n):
+        spread = k.shuffle(eight, eight, [(start + j) % 8 for j in range(n)])
+        upper = 2 if start >= 16 else 0
+        shift = k.vector([(4 if (start + j) % 16 >= 8 else 0) + upper for j in range(n)], u8)
+        parts.append(((spread >> shift) & 3) << 4)
+    return parts
+
+

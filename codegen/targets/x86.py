@@ -1,0 +1,112 @@
+"""x86-64: AVX2 and AVX-512, each with the integer and bfloat16 dot products it may have."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from codegen.dtypes import f16, f32, i8, i16, i32, u8
+from codegen.targets.base import Target
+from codegen.values import Value
+
+if TYPE_CHECKING:
+    from codegen.builder import Kernel
+
+
+@dataclass(frozen=True)
+class X86(Target):
+    """AVX2 with F16C and FMA; `vnni` and `bf16` name the dot-product instructions at hand."""
+
+    vnni: str = ""  # "", "avxvnni" or "avx512vnni"
+    bf16: bool = False
+
+    @property
+    def vector_bits(self) -> int:
+        return 32 * self.lanes
+
+    def dot_i8(self, k: Kernel, acc: Value, weights: Value, codes: Value) -> Value:
+        if self.vnni and weights.type.scalar == u8:
+            name = f"llvm.x86.avx512.vpdpbusd.{32 * acc.type.lanes}"
+            return k.intrinsic(name, acc.type, acc, weights, codes)
+        if weights.type.scalar == i8:  # |w| * (sign(w) a): |w| <= 127 cannot saturate
+            weights, codes = self._move_sign(k, weights, codes)
+        return acc + self._pair_sums(k, weights, codes)
+
+    def _move_sign(self, k: Kernel, weights: Value, codes: Value) -> tuple[Value, Value]:
+        n = weights.type.lanes
+        if n == 32:
+            return (
+                k.absolute(weights).to(u8),
+                k.intrinsic("llvm.x86.avx2.psign.b", codes.type, codes, weights),
+            )
+        negative = weights < 0
+        return k.absolute(weights).to(u8), k.select(negative, -codes, codes)
+
+    def _pair_sums(self, k: Kernel, weights: Value, codes: Value) -> Value:
+        """u8 * s8 into i16 pairs, then into i32 (pmaddubsw, pmaddwd)."""
+        n = weights.type.lanes
+        prefix = "llvm.x86.avx512." if n == 64 else "llvm.x86.avx2."
+        suffix = ".512" if n == 64 else ""
+        first = "pmaddubs.w" if n == 64 else "pmadd.ub.sw"
+        second = "pmaddw.d" if n == 64 else "pmadd.wd"
+        pairs = k.intrinsic(prefix + first + suffix, i16 * (n // 2), weights, codes)
+        ones = k.const(1, i16 * (n // 2))
+        return k.intrinsic(prefix + second + suffix, i32 * (n // 4), pairs, ones)
+
+    def dot_bf16(self, k: Kernel, acc: Value, a: Value, b: Value) -> Value:
+        n = acc.type.lanes
+        if not self.bf16:
+            return super().dot_bf16(k, acc, a, b)
+        return k.dot_bf16_native(f"llvm.x86.avx512bf16.dpbf16ps.{32 * n}", acc, a, b)
+
+    def lookup16(self, k: Kernel, table: tuple[int, ...], index: Value) -> Value:
+        n = index.type.lanes
+        name = {
+            16: "llvm.x86.ssse3.pshuf.b.128",
+            32: "llvm.x86.avx2.pshuf.b",
+            64: "llvm.x86.avx512.pshuf.b.512",
+        }[n]
+        entries = k.vector([t & 255 for t in table] * (n // 16), u8)
+        return k.intrinsic(name, u8 * n, entries, index)
+
+    def f16_to_f32(self, k: Kernel, v: Value) -> Value:
+        return k.float_cast(v, f32)
+
+    def f32_to_f16(self, k: Kernel, v: Value) -> Value:
+        return k.float_cast(v, f16)
+
+    def pause(self, k: Kernel) -> None:
+        k.void_intrinsic("llvm.x86.sse2.pause")
+
+
+TRIPLE = "x86_64-unknown-linux-gnu"
+_AVX2 = "+avx2,+fma,+f16c,+bmi,+bmi2,+popcnt,+lzcnt,+movbe"
+_AVX512 = _AVX2 + ",+avx512f,+avx512bw,+avx512vl,+avx512dq,+avx512cd"
+
+
+def avx2(triple: str = TRIPLE, cpu: str = "haswell", features: str = _AVX2) -> X86:
+    return X86("avx2", triple, cpu, features, lanes=8, registers=16)
+
+
+def avx2_vnni(triple: str = TRIPLE, cpu: str = "alderlake", features: str = "") -> X86:
+    features = features or _AVX2 + ",+avxvnni"
+    return X86(
+        "avx2vnni", triple, cpu, features, 8, 16, unsigned_weights=True, vnni="avxvnni"
+    )
+
+
+def avx512(triple: str = TRIPLE, cpu: str = "skylake-avx512", features: str = _AVX512) -> X86:
+    return X86("avx512", triple, cpu, features, lanes=16, registers=32)
+
+
+def avx512_vnni(
+    triple: str = TRIPLE, cpu: str = "cascadelake", features: str = "", bf16: bool = False
+) -> X86:
+    features = features or _AVX512 + ",+avx512vnni" + (",+avx512bf16" if bf16 else "")
+    name = "avx512vnni-bf16" if bf16 else "avx512vnni"
+    return X86(
+        name, triple, cpu, features, 16, 32, unsigned_weights=True, vnni="avx512vnni", bf16=bf16
+    )
+
+
+__all__ = ["X86", "avx2", "avx2_vnni", "avx512", "avx512_vnni"]
