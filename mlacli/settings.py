@@ -1,0 +1,183 @@
+"""What a user may choose, with defaults and limits: the one place that knows which values work.
+
+A settings object checks itself when it is made, so whoever holds one need not check again.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from codegen.formats import CACHE_FORMATS, LATENT_CACHE_TYPES
+from mlacli.cpu_count import available_cpus, default_threads
+from mlacli.errors import UsageError
+
+SAME_AS_THREADS = -1
+_MAX_INT = 2**31 - 1
+
+
+@dataclass(frozen=True)
+class Limit:
+    """The flag that sets a field and the numbers it may hold, both ends included."""
+
+    flag: str
+    low: float
+    high: float
+
+    @property
+    def text(self) -> str:
+        return f"{self.low} to {self.high}"
+
+    def check(self, value: float) -> None:
+        """Raises UsageError when `value` is outside (NaN is)."""
+        if not self.low <= value <= self.high:
+            raise UsageError(f"{self.flag}: {value} is out of range ({self.text})")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The flag that sets a field and the words it may hold."""
+
+    flag: str
+    words: tuple[str, ...]
+
+    def check(self, value: str) -> None:
+        """Raises UsageError when `value` is not one of the words."""
+        if value not in self.words:
+            raise UsageError(f"{self.flag}: {value!r} is not one of {', '.join(self.words)}")
+
+
+def _limit(flag: str, low: float, high: float) -> dict[str, Limit | Choice]:
+    return {"rule": Limit(flag, low, high)}
+
+
+def _choice(flag: str, words: tuple[str, ...]) -> dict[str, Limit | Choice]:
+    return {"rule": Choice(flag, words)}
+
+
+def rules(settings: type[Any]) -> dict[str, Limit | Choice]:
+    """Field name -> its rule, for a settings class."""
+    return {f.name: f.metadata["rule"] for f in fields(settings) if "rule" in f.metadata}
+
+
+def _check_fields(settings: Any) -> None:
+    for name, rule in rules(type(settings)).items():
+        value = getattr(settings, name)
+        if value is not None:
+            rule.check(value)
+
+
+def default_model() -> Path:
+    """The small model that ships with the package."""
+    return Path(__file__).parent / "data" / "demo.gguf"
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """How a model is run. Sizes are in tokens, `amb_mib` in MiB. Raises UsageError."""
+
+    model: Path = field(default_factory=default_model)
+    # None: as much as was trained and fits, at most 4096. 0: all that was trained.
+    n_ctx: int | None = field(default=None, metadata=_limit("-c", 0, _MAX_INT))
+    n_batch: int = field(default=2048, metadata=_limit("-b", 1, 2**20))
+    n_ubatch: int = field(default=512, metadata=_limit("-ub", 1, 2**16))
+    n_threads: int = field(default_factory=default_threads, metadata=_limit("-t", 1, 1024))
+    n_threads_batch: int = field(default=SAME_AS_THREADS, metadata=_limit("-tb", 1, 1024))
+    mla: int = field(default=3, metadata=_limit("-mla", 0, 3))
+    # None: 128 with -mla 2, a cost model of this machine with -mla 3. 1: always expanded.
+    mla_threshold: int | None = field(default=None, metadata=_limit("--mla-threshold", 1, _MAX_INT))
+    flash_attn: bool = True
+    type_k: str = field(default="f16", metadata=_choice("-ctk", tuple(CACHE_FORMATS)))
+    type_v: str = field(default="f16", metadata=_choice("-ctv", tuple(CACHE_FORMATS)))
+    amb_mib: int = field(default=256, metadata=_limit("-amb", 0, 2**20))  # 0: no limit
+    rtr: bool = False
+    fmoe: bool = True
+    ser: tuple[int, float] | None = None  # (least number of experts, threshold)
+    thp: bool = False
+    mlock: bool = False
+    mmap: bool = True
+    verbose: bool = False
+
+    def __post_init__(self) -> None:
+        if self.n_threads_batch == SAME_AS_THREADS:
+            object.__setattr__(self, "n_threads_batch", self.n_threads)
+        _check_fields(self)
+        if self.n_ubatch > self.n_batch:
+            raise UsageError(f"-ub: {self.n_ubatch} is more than -b {self.n_batch}")
+        if self.ser is not None:
+            Limit("-ser Kmin", 1, 2**16).check(self.ser[0])
+            Limit("-ser t", 0, 1).check(self.ser[1])
+        self._check_cache_types()
+
+    def _check_cache_types(self) -> None:
+        if self.mla and self.type_k not in LATENT_CACHE_TYPES:
+            raise UsageError(
+                f"-ctk: {self.type_k} cannot hold the latent rows of -mla {self.mla} "
+                f"(one of {', '.join(LATENT_CACHE_TYPES)}, or -mla 0)"
+            )
+        if not self.flash_attn and CACHE_FORMATS[self.type_v].is_quantised:
+            raise UsageError(
+                f"-ctv: {self.type_v} needs flash attention (-fa on): "
+                "without it V is kept transposed, which blocks of values do not allow"
+            )
+
+
+@dataclass(frozen=True)
+class SamplingSettings:
+    """How the next token is picked. Raises UsageError."""
+
+    temperature: float = field(default=0.8, metadata=_limit("--temp", 0, 1000))  # 0: greedy
+    top_k: int = field(default=40, metadata=_limit("--top-k", 0, _MAX_INT))  # 0: all
+    top_p: float = field(default=0.95, metadata=_limit("--top-p", 0, 1))
+    min_p: float = field(default=0.05, metadata=_limit("--min-p", 0, 1))
+    repeat_penalty: float = field(default=1.0, metadata=_limit("--repeat-penalty", 0.01, 100))
+    # -1: the whole context
+    repeat_last_n: int = field(default=64, metadata=_limit("--repeat-last-n", -1, _MAX_INT))
+    # -1: a new seed each time, which the start-up lines name
+    seed: int = field(default=-1, metadata=_limit("-s", -1, 2**32 - 1))
+
+    def __post_init__(self) -> None:
+        _check_fields(self)
+
+
+@dataclass(frozen=True)
+class Request:
+    """One prompt to answer. Bytes that are no UTF-8 stand in `prompt` as surrogate escapes.
+
+    Raises UsageError.
+    """
+
+    prompt: str
+    # -1: until the model ends. -2: until the context is full.
+    n_predict: int = field(default=-1, metadata=_limit("-n", -2, _MAX_INT))
+    raw: bool = False  # no chat template
+    ignore_eos: bool = False
+    sampling: SamplingSettings = field(default_factory=SamplingSettings)
+
+    def __post_init__(self) -> None:
+        _check_fields(self)
+        if not self.prompt:
+            raise UsageError("the prompt is empty (give -p TEXT, -f FILE or standard input)")
+
+
+def notes(settings: RunSettings) -> list[str]:
+    """A line for every flag that was given but changes nothing with the others as they are."""
+    found = []
+    if settings.mla and settings.type_v != "f16":
+        why = "V is a part of the cached row"
+        if not settings.flash_attn:
+            why = "the transposed copy of the latent rows is f16"
+        found.append(f"-ctv {settings.type_v} has no effect with -mla {settings.mla}: {why}")
+    if settings.flash_attn and settings.mla in (0, 1) and settings.amb_mib != 256:
+        found.append(
+            f"-amb {settings.amb_mib} has no effect with -fa on and -mla {settings.mla}: "
+            "K*Q is never stored"
+        )
+    if settings.mla_threshold is not None and settings.mla in (0, 1):
+        found.append(f"--mla-threshold has no effect with -mla {settings.mla}: one path only")
+    cpus = available_cpus()
+    threads = max(settings.n_threads, settings.n_threads_batch)
+    if threads > cpus:
+        found.append(f"{threads} threads share {cpus} CPUs: slower than -t {default_threads()}")
+    return found
