@@ -1,0 +1,39 @@
+"""What the small kernels compute, said in numpy: the tests' other half, one function per kernel."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[Any]
+
+
+def split_a8(rows: Array, n: int) -> tuple[Array, Array, Array]:
+    """(codes i8 [rows, n], d f32 [rows, n / 32], s i32 [rows, n / 32]) of a8 rows (bytes)."""
+    blocks = n // 32
+    codes = np.ascontiguousarray(rows[:, :n]).view(np.int8)
+    d = np.ascontiguousarray(rows[:, n : n + 4 * blocks]).view(np.float32)
+    s = np.ascontiguousarray(rows[:, n + 4 * blocks : n + 8 * blocks]).view(np.int32)
+    return codes, d, s
+
+
+def join_a8(codes: Array, d: Array, s: Array, pitch: int) -> Array:
+    """a8 rows (bytes), padding zero."""
+    rows = np.zeros((len(codes), pitch), np.uint8)
+    packed = np.concatenate([part.view(np.uint8) for part in (codes, d, s)], axis=1)
+    rows[:, : packed.shape[1]] = packed
+    return rows
+
+
+def quantize(x: Array, weight_bias: int) -> tuple[Array, Array, Array]:
+    """(codes before rounding, d, s for given codes' rounding) of f32 rows: d = max|x| / 127."""
+    blocks = x.reshape(len(x), -1, 32)
+    top = np.abs(blocks).max(axis=-1)
+    top = np.where(top < np.float32(2.0**-100), np.float32(0), top)
+    d = top / np.float32(127)
+    inverse = np.divide(np.float32(127), top, out=np.zeros_like(top), where=top > 0)
+    exact = blocks.astype(np.float64) * inverse[..., None]
+    sums = -weight_bias * np.rint(exact).astype(np.int32).sum(axis=-1, dtype=np.int32)
+    return exact.reshape(x.shape), d, sums
