@@ -12,51 +12,21 @@ from typing import Any
 from codegen.formats import CACHE_FORMATS, LATENT_CACHE_TYPES
 from mlacli.cpu_count import available_cpus, default_threads
 from mlacli.errors import UsageError
+from mlacli.limits import Choice, ExpertReduction, Limit, Rule, Switch
 
 SAME_AS_THREADS = -1
 _MAX_INT = 2**31 - 1
 
 
-@dataclass(frozen=True)
-class Limit:
-    """The flag that sets a field and the numbers it may hold, both ends included."""
-
-    flag: str
-    low: float
-    high: float
-
-    @property
-    def text(self) -> str:
-        return f"{self.low} to {self.high}"
-
-    def check(self, value: float) -> None:
-        """Raises UsageError when `value` is outside (NaN is)."""
-        if not self.low <= value <= self.high:
-            raise UsageError(f"{self.flag}: {value} is out of range ({self.text})")
+def _rule(rule: Rule) -> dict[str, Rule]:
+    return {"rule": rule}
 
 
-@dataclass(frozen=True)
-class Choice:
-    """The flag that sets a field and the words it may hold."""
-
-    flag: str
-    words: tuple[str, ...]
-
-    def check(self, value: str) -> None:
-        """Raises UsageError when `value` is not one of the words."""
-        if value not in self.words:
-            raise UsageError(f"{self.flag}: {value!r} is not one of {', '.join(self.words)}")
+def _limit(flag: str, low: int, high: int) -> dict[str, Rule]:
+    return _rule(Limit(flag, low, high))
 
 
-def _limit(flag: str, low: float, high: float) -> dict[str, Limit | Choice]:
-    return {"rule": Limit(flag, low, high)}
-
-
-def _choice(flag: str, words: tuple[str, ...]) -> dict[str, Limit | Choice]:
-    return {"rule": Choice(flag, words)}
-
-
-def rules(settings: type[Any]) -> dict[str, Limit | Choice]:
+def rules(settings: type[Any]) -> dict[str, Rule]:
     """Field name -> its rule, for a settings class."""
     return {f.name: f.metadata["rule"] for f in fields(settings) if "rule" in f.metadata}
 
@@ -87,16 +57,17 @@ class RunSettings:
     mla: int = field(default=3, metadata=_limit("-mla", 0, 3))
     # None: 128 with -mla 2, a cost model of this machine with -mla 3. 1: always expanded.
     mla_threshold: int | None = field(default=None, metadata=_limit("--mla-threshold", 1, _MAX_INT))
-    flash_attn: bool = True
-    type_k: str = field(default="f16", metadata=_choice("-ctk", tuple(CACHE_FORMATS)))
-    type_v: str = field(default="f16", metadata=_choice("-ctv", tuple(CACHE_FORMATS)))
+    flash_attn: bool = field(default=True, metadata=_rule(Switch("-fa")))
+    type_k: str = field(default="f16", metadata=_rule(Choice("-ctk", tuple(CACHE_FORMATS))))
+    type_v: str = field(default="f16", metadata=_rule(Choice("-ctv", tuple(CACHE_FORMATS))))
     amb_mib: int = field(default=256, metadata=_limit("-amb", 0, 2**20))  # 0: no limit
-    rtr: bool = False
-    fmoe: bool = True
-    ser: tuple[int, float] | None = None  # (least number of experts, threshold)
-    thp: bool = False
-    mlock: bool = False
-    mmap: bool = True
+    rtr: bool = field(default=False, metadata=_rule(Switch("-rtr")))
+    fmoe: bool = field(default=True, metadata=_rule(Switch("-fmoe")))
+    # (least number of experts, threshold)
+    ser: tuple[int, float] | None = field(default=None, metadata=_rule(ExpertReduction("-ser")))
+    thp: bool = field(default=False, metadata=_rule(Switch("-thp")))
+    mlock: bool = field(default=False, metadata=_rule(Switch("--mlock")))
+    mmap: bool = field(default=True, metadata=_rule(Switch("--mmap")))
     verbose: bool = False
 
     def __post_init__(self) -> None:
@@ -105,9 +76,6 @@ class RunSettings:
         _check_fields(self)
         if self.n_ubatch > self.n_batch:
             raise UsageError(f"-ub: {self.n_ubatch} is more than -b {self.n_batch}")
-        if self.ser is not None:
-            Limit("-ser Kmin", 1, 2**16).check(self.ser[0])
-            Limit("-ser t", 0, 1).check(self.ser[1])
         self._check_cache_types()
 
     def _check_cache_types(self) -> None:
@@ -127,11 +95,15 @@ class RunSettings:
 class SamplingSettings:
     """How the next token is picked. Raises UsageError."""
 
-    temperature: float = field(default=0.8, metadata=_limit("--temp", 0, 1000))  # 0: greedy
+    temperature: float = field(
+        default=0.8, metadata=_rule(Limit("--temp", 0, 1000, float))
+    )  # 0: greedy
     top_k: int = field(default=40, metadata=_limit("--top-k", 0, _MAX_INT))  # 0: all
-    top_p: float = field(default=0.95, metadata=_limit("--top-p", 0, 1))
-    min_p: float = field(default=0.05, metadata=_limit("--min-p", 0, 1))
-    repeat_penalty: float = field(default=1.0, metadata=_limit("--repeat-penalty", 0.01, 100))
+    top_p: float = field(default=0.95, metadata=_rule(Limit("--top-p", 0, 1, float)))
+    min_p: float = field(default=0.05, metadata=_rule(Limit("--min-p", 0, 1, float)))
+    repeat_penalty: float = field(
+        default=1.0, metadata=_rule(Limit("--repeat-penalty", 0.01, 100, float))
+    )
     # -1: the whole context
     repeat_last_n: int = field(default=64, metadata=_limit("--repeat-last-n", -1, _MAX_INT))
     # -1: a new seed each time, which the start-up lines name

@@ -1,0 +1,138 @@
+"""The flags that commands share, by the settings field that each one sets.
+
+Names are llama.cpp's and ik_llama.cpp's. Limits and defaults are those of the settings classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import MISSING, Field, fields
+from pathlib import Path
+from typing import Any
+
+import click
+
+from mlacli.cli.options import Flag
+from mlacli.limits import Switch
+from mlacli.settings import Request, RunSettings, SamplingSettings
+
+MODEL, ATTENTION, SAMPLING, PROMPT = "Model and memory", "Attention", "Sampling", "Prompt"
+
+
+# field: (section, names, placeholder, help)
+_TEXT: dict[str, tuple[str, str, str, str]] = {
+    "model": (MODEL, "-m --model", "FILE", "GGUF file; of a split model the first part."),
+    "n_ctx": (MODEL, "-c --ctx-size", "N", "Context in tokens; 0: all that was trained."),
+    "n_batch": (MODEL, "-b --batch-size", "N", "Prompt tokens that are submitted at once."),
+    "n_ubatch": (MODEL, "-ub --ubatch-size", "N", "Prompt tokens that are computed at once."),
+    "n_threads": (MODEL, "-t --threads", "N", "Threads for generation."),
+    "n_threads_batch": (MODEL, "-tb --threads-batch", "N", "Threads for prompts."),
+    "rtr": (MODEL, "-rtr --run-time-repack", "", "Interleave weights at load (copies them)."),
+    "fmoe": (MODEL, "-fmoe/-no-fmoe --fused-moe/--no-fused-moe", "", "Fuse up, gate and SiLU."),
+    "ser": (
+        MODEL,
+        "-ser --smart-expert-reduction",
+        "K,T",
+        "The top K experts always; others only above T times the best one.",
+    ),
+    "thp": (MODEL, "-thp --transparent-huge-pages", "", "Huge pages where the system has them."),
+    "mlock": (MODEL, "--mlock", "", "Keep the weights from being paged out."),
+    "mmap": (MODEL, "--mmap/--no-mmap", "", "Map the file, or read it into memory."),
+    "verbose": (MODEL, "-v --verbose", "", "Say more about what is chosen and why."),
+    "mla": (
+        ATTENTION,
+        "-mla --mla-use",
+        "0..3",
+        "0: K and V; 1: latent cache; 2: latent, prompts expanded; 3: the cheaper of both.",
+    ),
+    "mla_threshold": (
+        ATTENTION,
+        "--mla-threshold",
+        "N",
+        "Batches of N tokens and more are expanded (-mla 2 and 3); 1: all.",
+    ),
+    "flash_attn": (ATTENTION, "-fa --flash-attn", "on|off|auto", "Flash attention."),
+    "type_k": (ATTENTION, "-ctk --cache-type-k", "TYPE", "Type of the K cache."),
+    "type_v": (ATTENTION, "-ctv --cache-type-v", "TYPE", "Type of the V cache (-mla 0)."),
+    "amb_mib": (
+        ATTENTION,
+        "-amb --attention-max-batch",
+        "MIB",
+        "Most memory for K*Q; 0: no limit.",
+    ),
+    "temperature": (SAMPLING, "--temp --temperature", "T", "0 takes the likeliest token."),
+    "top_k": (SAMPLING, "--top-k", "N", "Only the N likeliest tokens; 0: all."),
+    "top_p": (SAMPLING, "--top-p", "P", "The likeliest tokens that make up P."),
+    "min_p": (SAMPLING, "--min-p", "P", "Only tokens at least P times as likely as the best."),
+    "repeat_penalty": (SAMPLING, "--repeat-penalty", "X", "Divides what was said before."),
+    "repeat_last_n": (SAMPLING, "--repeat-last-n", "N", "Tokens it looks at; -1: the context."),
+    "seed": (SAMPLING, "-s --seed", "N", "-1: a new one each time."),
+    "n_predict": (
+        PROMPT,
+        "-n --predict --n-predict",
+        "N",
+        "Most tokens to generate; -1: until the model ends, -2: until the context is full.",
+    ),
+    "ignore_eos": (PROMPT, "--ignore-eos", "", "Go on after the end token."),
+}
+_SHOWN_DEFAULT = {
+    "model": "a small model that comes with mlacli",
+    "n_ctx": "what fits, at most 4096",
+    "n_threads": "physical cores",
+    "n_threads_batch": "-t",
+    "mla_threshold": "128 with -mla 2, measured with -mla 3",
+    "ser": "off",
+}
+
+
+def shown_default(field: Field[Any]) -> str:
+    """The text in brackets at the end of a flag's help."""
+    if field.name in _SHOWN_DEFAULT:
+        return _SHOWN_DEFAULT[field.name]
+    if isinstance(field.default, bool):
+        return "on" if field.default else "off"
+    return "" if field.default is MISSING else str(field.default)
+
+
+def _flag(field: Field[Any]) -> Flag:
+    section, names, placeholder, text = _TEXT[field.name]
+    rule = field.metadata.get("rule")
+    attributes: dict[str, Any] = {"metavar": placeholder or None}
+    if not placeholder:
+        attributes["is_flag"] = True
+    elif rule is None:
+        attributes["type"] = click.Path(path_type=Path)
+    else:
+        attributes["type"] = lambda text: rule.parse(text)
+    if isinstance(rule, Switch):
+        attributes["bare"] = "on"
+    help_text = f"{text} [{shown_default(field)}]"
+    return Flag(f"{names} {field.name}", section, default=None, help=help_text, **attributes)
+
+
+def flags_of(owner: type[Any]) -> list[Flag]:
+    """A fresh list of the flags for a settings class's fields."""
+    return [_flag(field) for field in fields(owner) if field.name in _TEXT]
+
+
+def _given(owner: type[Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    return {f.name: values[f.name] for f in fields(owner) if values.get(f.name) is not None}
+
+
+def run_settings(values: Mapping[str, Any]) -> RunSettings:
+    """What `flags_of(RunSettings)` parsed, with -b and -ub fitted to one another.
+
+    A -ub above the default -b raises -b, a -b below the default -ub lowers -ub. Raises UsageError.
+    """
+    given = _given(RunSettings, values)
+    if "n_batch" in given:
+        given.setdefault("n_ubatch", min(RunSettings.n_ubatch, given["n_batch"]))
+    elif "n_ubatch" in given:
+        given["n_batch"] = max(RunSettings.n_batch, given["n_ubatch"])
+    return RunSettings(**given)
+
+
+def request(values: Mapping[str, Any], prompt: str) -> Request:
+    """What `flags_of(Request)` and `flags_of(SamplingSettings)` parsed. Raises UsageError."""
+    sampling = SamplingSettings(**_given(SamplingSettings, values))
+    return Request(**_given(Request, values) | {"prompt": prompt, "sampling": sampling})

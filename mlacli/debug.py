@@ -1,0 +1,44 @@
+"""Environment variables: the only place that reads them (docs/cli.md lists them).
+
+MLACLI_TARGET     CPU target to generate code for (avx2, generic, ...) instead of the best one
+MLACLI_CACHE_DIR  folder for compiled code and machine measurements
+MLACLI_DEBUG      1: after an internal error, print where it happened (as --debug does)
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+class Environment:
+    """Each variable is read when it is asked for, and cannot be set here."""
+
+    __slots__ = ()
+
+    @property
+    def target(self) -> str | None:
+        """Name of the target to generate code for; None: the best that this CPU can run."""
+        return os.environ.get("MLACLI_TARGET") or None
+
+    @property
+    def debug(self) -> bool:
+        """Whether internal errors come with a traceback."""
+        return os.environ.get("MLACLI_DEBUG", "0") not in ("", "0")
+
+    @property
+    def cache_dir(self) -> Path | None:
+        """Folder for what may be thrown away; None when no absolute path can be found.
+
+        XDG says that a relative path is to be ignored; without a home folder there is none.
+        """
+        chosen = os.environ.get("MLACLI_CACHE_DIR")
+        if not chosen:
+            import platformdirs
+
+            chosen = platformdirs.user_cache_dir("mlacli", appauthor=False)
+        folder = Path(chosen)
+        return folder if folder.is_absolute() else None
+
+
+ENV = Environment()

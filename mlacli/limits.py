@@ -1,0 +1,149 @@
+"""Rules for the values of flags: what text is read as what, and what is refused with which line.
+
+A rule has the flag's name, `parse(text)` and `check(value)`; both raise UsageError.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from mlacli.errors import UsageError
+
+_WORDS = {"on": True, "auto": True, "1": True, "off": False, "0": False}
+_MAX_VALUES = 1024
+
+
+@dataclass(frozen=True)
+class Limit:
+    """A number from `low` to `high`, both included; whole unless `kind` is float."""
+
+    flag: str
+    low: float
+    high: float
+    kind: type[int] | type[float] = int
+
+    @property
+    def text(self) -> str:
+        return f"{self.low} to {self.high}"
+
+    def check(self, value: float) -> None:
+        if not self.low <= value <= self.high:  # NaN is outside too
+            raise UsageError(f"{self.flag}: {value} is out of range ({self.text})")
+
+    def parse(self, text: str) -> Any:
+        """Plain decimal only: no `1e3` for a whole number, no `1_000`, no `inf`."""
+        pattern = r"-?\d+" if self.kind is int else r"-?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?"
+        if not re.fullmatch(pattern, text, re.ASCII) or len(text) > 40:
+            what = "whole number" if self.kind is int else "number"
+            raise UsageError(f"{self.flag}: {text!r} is not a {what} ({self.text})")
+        value = self.kind(text)
+        self.check(value)
+        return value
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One of a few words."""
+
+    flag: str
+    words: tuple[str, ...]
+
+    def check(self, value: str) -> None:
+        if value not in self.words:
+            raise UsageError(f"{self.flag}: {value!r} is not one of {', '.join(self.words)}")
+
+    def parse(self, text: str) -> str:
+        self.check(text)
+        return text
+
+
+@dataclass(frozen=True)
+class Switch:
+    """on, off, auto, 1 or 0."""
+
+    flag: str
+
+    def check(self, value: bool) -> None:
+        if not isinstance(value, bool):
+            raise UsageError(f"{self.flag}: {value!r} is neither on nor off")
+
+    def parse(self, text: str) -> bool:
+        if text.lower() not in _WORDS:
+            raise UsageError(f"{self.flag}: {text!r} is not one of {', '.join(_WORDS)}")
+        return _WORDS[text.lower()]
+
+
+@dataclass(frozen=True)
+class ExpertReduction:
+    """`Kmin,t`: the Kmin best experts, and others whose weight is above t times the best one's.
+
+    `-1,0` is off (None). From ik_llama.cpp PR 239.
+    """
+
+    flag: str
+
+    def check(self, value: tuple[int, float]) -> None:
+        Limit(f"{self.flag} Kmin", 1, 2**16).check(value[0])
+        Limit(f"{self.flag} t", 0, 1, float).check(value[1])
+
+    def parse(self, text: str) -> tuple[int, float] | None:
+        least, comma, threshold = text.partition(",")
+        if not comma:
+            raise UsageError(
+                f"{self.flag}: {text!r} is not a pair Kmin,t such as 4,0.3 (-1,0 is off)"
+            )
+        if least == "-1":
+            return None
+        value = (
+            Limit(f"{self.flag} Kmin", 1, 2**16).parse(least),
+            Limit(f"{self.flag} t", 0, 1, float).parse(threshold),
+        )
+        return value
+
+
+Rule = Limit | Choice | Switch | ExpertReduction
+
+
+def parse_list(rule: Rule, text: str) -> list[Any]:
+    """llama-bench's lists: `1,2,4`, `1-8` (step 1), `1-9+2`, `1-64*2`; pairs are split by `;`.
+
+    Raises UsageError.
+    """
+    if isinstance(rule, ExpertReduction):
+        return [rule.parse(part) for part in text.split(";")]
+    if not isinstance(rule, Limit):
+        return [rule.parse(part) for part in text.split(",")]
+    found: list[Any] = []
+    for part in text.split(","):
+        spread = re.fullmatch(r"(\d+)-(\d+)(?:([+*])(\d+))?", part, re.ASCII)
+        found += _spread(rule, part, spread.groups()) if spread else [rule.parse(part)]
+    if len(found) > _MAX_VALUES:
+        raise UsageError(f"{rule.flag}: {text!r} has more than {_MAX_VALUES} values")
+    return found
+
+
+def _spread(rule: Limit, part: str, groups: Sequence[str | None]) -> list[int]:
+    first, last, sign, by = groups
+    assert first is not None and last is not None
+    value, end, step = rule.parse(first), rule.parse(last), int((by or "1")[:20])
+    if value > end or step < 1 or (sign == "*" and (step < 2 or value < 1)):
+        raise UsageError(f"{rule.flag}: {part!r} is not a range (as 1-8, 1-9+2 or 1-64*2)")
+    found: list[int] = []
+    while value <= end and len(found) <= _MAX_VALUES:
+        found.append(value)
+        value = value * step if sign == "*" else value + step
+    return found
+
+
+def parse_pairs(limit: Limit, text: str) -> list[tuple[int, int]]:
+    """`512,128` or `512,128;1024,64`. Raises UsageError."""
+    pairs = []
+    for part in text.split(";"):
+        first, comma, second = part.partition(",")
+        if not comma:
+            raise UsageError(f"{limit.flag}: {part!r} is not a pair such as 512,128")
+        pairs.append((limit.parse(first), limit.parse(second)))
+    return pairs
