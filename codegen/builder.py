@@ -418,7 +418,8 @@ class Kernel:
         return Value(self, made, i64)
 
     def store_atomic(self, p: Pointer, value: Any) -> None:
-        self.b.store_atomic(self.const(value, i64).ir, p.ir, "seq_cst", align=8)
+        # An exchange: llvmlite's atomic store does not know opaque pointers.
+        self.b.atomic_rmw("xchg", p.ir, self.const(value, i64).ir, "seq_cst")
 
     def barrier(self) -> None:
         """Wait until every thread of the step is here."""
@@ -450,15 +451,14 @@ class Kernel:
         operands = [acc.ir, self.b.bitcast(a.ir, pairs), self.b.bitcast(b.ir, pairs)]
         return Value(self, self.b.call(function, operands), acc.type)
 
-    def call_external(self, name: str, *values: Value, varargs: bool = False) -> Value:
+    def call_external(self, name: str, *values: Value | Pointer, varargs: bool = False) -> Value:
         """Call a C function; only those of jit.EXTERNAL_SYMBOLS may be named."""
         params = [] if varargs else [v.ir.type for v in values]
         function = self._declare(name, ir.IntType(64), params, varargs)
         return Value(self, self.b.call(function, [v.ir for v in values]), i64)
 
-    def call_address(self, function: Pointer, *values: Any) -> None:
-        """Call a kernel through its address."""
+    def call_through(self, slot: Pointer, *values: Value | Pointer) -> None:
+        """Call the kernel whose address is stored at `slot`."""
         made = ir.FunctionType(ir.VoidType(), [v.ir.type for v in values])
-        typed = self.b.bitcast(function.ir, ir.PointerType(made))
-        self.b.call(typed, [v.ir for v in values])
-
+        function = self.b.load(slot.ir, typ=ir.PointerType(made), align=8)
+        self.b.call(function, [v.ir for v in values])

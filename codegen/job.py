@@ -13,21 +13,23 @@ from codegen.values import Pointer
 if TYPE_CHECKING:
     from codegen.builder import Kernel
 
-N_THREADS, CANCEL, SPINS, N_LAUNCHES, LAUNCHES = range(5)
+N_THREADS, CANCEL, SPINS, N_LAUNCHES, LAUNCHES, BARRIER_BASE = range(6)
 LINE_WORDS = 8  # words per cache line
 BARRIER = LINE_WORDS
 JOB_WORDS = 2 * LINE_WORDS
 
 
 def emit_barrier(k: Kernel) -> None:
-    """Ticket barrier: the counter only grows, a round ends when it reaches a multiple of n_threads.
+    """Ticket barrier: the counter only grows; from BARRIER_BASE, its value when the step began, a
+    round ends at each multiple of n_threads. It is never reset: a slow thread may still look at it.
 
     Waits by spinning SPINS times, then gives the core away after each look: with more threads
     than cores SPINS is 0, so that a waiting thread never holds up the one it waits for.
     """
     counter = k.job.at(BARRIER)
+    base = k.job[BARRIER_BASE]
     ticket = k.fetch_add(counter, 1)
-    goal = (ticket // k.n_threads + 1) * k.n_threads
+    goal = ((ticket - base) // k.n_threads + 1) * k.n_threads + base
     wait_until(k, counter, goal, k.job[SPINS])
 
 

@@ -32,8 +32,11 @@ def round_to_int(k: Kernel, x: Value) -> Value:
 
 
 def exp2(k: Kernel, x: Value) -> Value:
-    """2^x in f32; below -126 it is 0 to the last bit that matters, above 127 it stays at 2^127."""
-    x = k.maximum(k.minimum(x, 127.0), -126.0)
+    """2^x in f32; below -126 it is 0 to the last bit that matters, above 127 it stays at 2^127.
+
+    NaN stays NaN: minimum and maximum return their second operand when one is NaN.
+    """
+    x = k.maximum(-126.0, k.minimum(127.0, x))
     whole = (x + _ROUND) - _ROUND
     f = x - whole
     p = k.const(_EXP2[0], x.type)

@@ -1,0 +1,120 @@
+"""Weights times activations, for few tokens (`matvec`) and for many (`matmul`).
+
+    y[t, h, r] = sum_j w[h, r, j] * x[t, h, j]  (+ residual[t, h, r])
+
+A plain matrix has one h. With heads, one launch covers them all (k_b x q_nope, v_b x latent).
+Strides are in bytes for x rows and in f32 elements for y.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from codegen.dtypes import f32, u8
+from codegen.formats import BlockFormat
+from codegen.kernel import dim, kernel, ptr
+from codegen.kernels.panel import decode_panel, multiply_panel
+from codegen.kernels.rowdot import row_dot
+from codegen.values import Pointer, Value
+
+if TYPE_CHECKING:
+    from codegen.builder import Kernel
+
+ROWS_PER_TILE = 32  # rows of a matvec that a thread takes at a time
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of one product; `w_pitch` is the bytes from one head's matrix to the next."""
+
+    n_rows: int
+    n_cols: int
+    n_heads: int
+    w_pitch: int
+    x_token: int
+    x_head: int
+    y_token: int
+    y_head: int
+    residual: bool = False
+
+
+@kernel(y=ptr(f32), w=ptr(u8), x=ptr(u8), residual=ptr(f32), n_tokens=dim())
+def matvec(
+    k: Kernel,
+    y: Pointer,
+    w: Pointer,
+    x: Pointer,
+    residual: Pointer,
+    n_tokens: Value,
+    *,
+    shape: Shape,
+    fmt: BlockFormat,
+) -> None:
+    """y[t, h, r] = w[h, r] . x[t, h] (+ residual), each row streamed once per token."""
+    s, pitch = shape, fmt.row_bytes(shape.n_cols)
+    per_head = -(-s.n_rows // ROWS_PER_TILE)
+    with k.tiles(per_head * s.n_heads) as tile:
+        head, part = tile // per_head, tile % per_head
+        first = part * ROWS_PER_TILE
+        last = k.minimum(first + ROWS_PER_TILE, s.n_rows)
+        with k.loop(0, n_tokens) as t:
+            x_row = x.bytes(t * s.x_token + head * s.x_head)
+            out = t * s.y_token + head * s.y_head
+            with k.loop(first, last) as r:
+                row = w.bytes(head * s.w_pitch + r * pitch)
+                total = row_dot(k, fmt, row, x_row, s.n_cols)
+                if s.residual:
+                    total = total + residual[out + r]
+                y[out + r] = total
+
+
+@kernel(y=ptr(f32), w=ptr(u8), x=ptr(u8), residual=ptr(f32), scratch=ptr(u8), n_tokens=dim())
+def matmul(
+    k: Kernel,
+    y: Pointer,
+    w: Pointer,
+    x: Pointer,
+    residual: Pointer,
+    scratch: Pointer,
+    n_tokens: Value,
+    *,
+    shape: Shape,
+    fmt: BlockFormat,
+    scratch_bytes: int,
+) -> None:
+    """The same for a batch: panels of rows are handed out, each meets all tokens."""
+    s, n = shape, k.target.lanes
+    panel = scratch.bytes(k.thread * scratch_bytes)
+    per_head = -(-s.n_rows // n)
+    with k.tiles(per_head * s.n_heads) as tile:
+        head, first = tile // per_head, tile % per_head * n
+        matrix = w.bytes(head * s.w_pitch)
+        decode_panel(k, fmt, matrix, first, panel, n_rows=s.n_rows, n_cols=s.n_cols)
+
+        def store(t: Value, total: Value) -> None:
+            at = t * s.y_token + head * s.y_head + first
+            if s.residual:
+                total = total + load_rows(k, residual.at(at), first, s.n_rows)
+            store_rows(k, y.at(at), total, first, s.n_rows)
+
+        x_rows = x.bytes(head * s.x_head)
+        multiply_panel(
+            k, fmt, panel, x_rows, n_tokens, store, n_cols=s.n_cols, x_pitch=s.x_token
+        )
+
+
+def load_rows(k: Kernel, p: Pointer, first: Value, n_rows: int) -> Value:
+    """A panel's worth of f32, only as far as there are rows."""
+    n = k.target.lanes
+    if n_rows % n == 0:
+        return p.load(f32 * n)
+    return k.load_part(p, f32 * n, k.minimum(n_rows - first, n))
+
+
+def store_rows(k: Kernel, p: Pointer, value: Value, first: Value, n_rows: int) -> None:
+    n = k.target.lanes
+    if n_rows % n == 0:
+        p.store(value)
+    else:
+        k.store_part(p, value, k.minimum(n_rows - first, n))

@@ -1,0 +1,179 @@
+"""The worker pool: threads that live in one native loop and run whole steps.
+
+A step is a table of launches (function, arguments, wait first?), walked by every thread. Python
+submits once per batch: it fills the job, and `submit` wakes the workers and is itself thread 0.
+Workers spin for about 0.1 ms after a step, then sleep in a futex (elsewhere they keep yielding).
+
+The pool's ticket word is `sequence << 10 | n_threads`: a worker learns from the one word both that
+there is work and whether it takes part, so that a late riser never reads a half-written job.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import platform
+import sys
+import threading
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from codegen import job as job_layout
+from codegen.dtypes import i32, i64
+from codegen.kernel import kernel
+from codegen.values import Value
+
+if TYPE_CHECKING:
+    from codegen.builder import Kernel
+    from codegen.jit import Jit
+
+TICKET, SLEEPERS, POOL_WORDS = 0, job_layout.LINE_WORDS, 2 * job_layout.LINE_WORDS
+THREAD_BITS = 10
+MAX_THREADS = (1 << THREAD_BITS) - 2
+STOP = (1 << THREAD_BITS) - 1
+IDLE_SPINS = 2000
+BUSY_SPINS = 500
+LAUNCH_WORDS = 3  # function address, argument table address, 1 = barrier first
+_FUTEX_WAIT, _FUTEX_WAKE = 128, 129  # private
+_FUTEX_CALL = {"x86_64": 202, "aarch64": 98}
+
+
+def futex_number() -> int:
+    """The futex system call's number here; 0 where there is none."""
+    return _FUTEX_CALL.get(platform.machine(), 0) if sys.platform == "linux" else 0
+
+
+def emit_step(k: Kernel, thread: Value) -> None:
+    """Walk the launches; a cancelled step passes its barriers but runs nothing more."""
+    k.n_threads = k.job[job_layout.N_THREADS]  # anew for each job
+    launches = k.load_pointer(k.job.at(job_layout.LAUNCHES), i64)
+    with k.loop(0, k.job[job_layout.N_LAUNCHES]) as i:
+        launch = launches.at(i * LAUNCH_WORDS)
+        with k.when(launch[2].ne(0)):
+            k.barrier()
+        with k.when(k.cancelled().eq(0)):
+            k.call_through(launch, k.load_pointer(launch.at(1), i64), k.job, thread)
+    k.barrier()
+
+
+@kernel()
+def pool_worker(k: Kernel, *, futex: int) -> None:
+    """Thread 1, 2, ...: wait for a ticket, run the step if invited, until told to stop."""
+    ticket = k.args.at(TICKET)
+    seen = k.var(k.const(0, i64))
+    with k.repeat_while() as go_on:
+        _wait_for_change(k, seen.get(), futex)
+        seen.set(k.load_atomic(ticket))
+        invited = seen.get() & STOP
+        with k.when(invited.ne(STOP) & (k.thread < invited)):
+            emit_step(k, k.thread)
+        go_on(invited.ne(STOP))
+
+
+def _wait_for_change(k: Kernel, seen: Value, futex: int) -> None:
+    ticket, sleepers = k.args.at(TICKET), k.args.at(SLEEPERS)
+    looks = k.var(k.const(0, i64))
+    with k.repeat_while() as go_on:
+        k.target.pause(k)
+        looks += 1
+        with k.when(looks.get() > IDLE_SPINS):
+            if futex:
+                k.fetch_add(sleepers, 1)
+                zero = k.const(0, i64)
+                wait = (k.const(futex, i64), ticket, k.const(_FUTEX_WAIT, i64), seen.to(i32), zero)
+                k.call_external("syscall", *wait, varargs=True)
+                k.fetch_add(sleepers, -1)
+            else:
+                k.call_external("sched_yield")
+        go_on(k.load_atomic(ticket).eq(seen))
+
+
+@kernel()
+def pool_submit(k: Kernel, *, futex: int) -> None:
+    """Run the job: publish the ticket, wake sleepers, be thread 0. `thread` holds the new ticket."""
+    k.job[job_layout.BARRIER_BASE] = k.load_atomic(k.job.at(job_layout.BARRIER))
+    k.store_atomic(k.args.at(TICKET), k.thread)
+    if futex:
+        with k.when(k.load_atomic(k.args.at(SLEEPERS)) > 0):
+            everyone = k.const(2**31 - 1, i64)
+            wake = (k.const(futex, i64), k.args.at(TICKET), k.const(_FUTEX_WAKE, i64), everyone)
+            k.call_external("syscall", *wake, varargs=True)
+    with k.when((k.thread & STOP).ne(STOP)):
+        emit_step(k, k.const(0, i64))
+
+
+class Pool:
+    """`n_threads` threads (the caller is one of them) that run launch tables.
+
+    Not reentrant: one step at a time. `cancel()` may be called from anywhere.
+    """
+
+    def __init__(self, jit: Jit, n_threads: int) -> None:
+        if not 1 <= n_threads <= MAX_THREADS:
+            raise ValueError(f"n_threads {n_threads} is not in 1..{MAX_THREADS}")
+        self.n_threads = n_threads
+        self._words = aligned_words(POOL_WORDS)
+        self._job = aligned_words(job_layout.JOB_WORDS)
+        self._cancel = aligned_words(job_layout.LINE_WORDS)
+        self._job[job_layout.CANCEL] = self._cancel.ctypes.data
+        futex = futex_number()
+        self._submit = jit.function(pool_submit(futex=futex))
+        worker = jit.function(pool_worker(futex=futex))
+        self._sequence = 0
+        self._lock = threading.Lock()
+        self._threads = [
+            threading.Thread(target=worker, args=(*self._addresses(), i), daemon=True)
+            for i in range(1, n_threads)
+        ]
+        for thread in self._threads:
+            thread.start()
+        atexit.register(self.close)
+
+    def _addresses(self) -> tuple[int, int]:
+        return self._words.ctypes.data, self._job.ctypes.data
+
+    def run(self, launches: npt.NDArray[np.int64], n_threads: int) -> bool:
+        """Walk a launch table (n, 3) with `n_threads` threads; False if it was cancelled.
+
+        Raises RuntimeError when the pool is closed or too small.
+        """
+        if not 1 <= n_threads <= self.n_threads or self._sequence < 0:
+            raise RuntimeError(f"pool of {self.n_threads} threads cannot run {n_threads}")
+        with self._lock:
+            job = self._job
+            job[job_layout.N_THREADS] = n_threads
+            crowded = n_threads > len(os.sched_getaffinity(0))
+            job[job_layout.SPINS] = 0 if crowded else BUSY_SPINS
+            job[job_layout.N_LAUNCHES] = len(launches)
+            job[job_layout.LAUNCHES] = launches.ctypes.data
+            self._sequence += 1
+            self._submit(*self._addresses(), self._sequence << THREAD_BITS | n_threads)
+            return not self._cancel[0]
+
+    def cancel(self) -> None:
+        """End the running step at its next tile; the word stays set until `clear_cancel`."""
+        self._cancel[0] = 1
+
+    def clear_cancel(self) -> None:
+        self._cancel[0] = 0
+
+    def close(self) -> None:
+        """Let the workers return, and join them."""
+        if self._sequence < 0:
+            return
+        self._submit(*self._addresses(), (self._sequence + 1) << THREAD_BITS | STOP)
+        self._sequence = -1
+        for thread in self._threads:
+            thread.join()
+        atexit.unregister(self.close)
+
+
+def aligned_words(n: int) -> npt.NDArray[np.int64]:
+    """n zeroed i64 words that start on a cache line."""
+    raw = np.zeros(n + job_layout.LINE_WORDS, np.int64)
+    skip = -raw.ctypes.data % (8 * job_layout.LINE_WORDS) // 8
+    return raw[skip : skip + n]
+
+
