@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from codegen.formats import CACHE_FORMATS, WEIGHT_FORMATS
+from codegen.formats import CACHE_FORMATS, WEIGHT_FORMATS, BlockFormat
 from mlacli.gguf.metadata import (
     ARRAY,
     BOOL,
@@ -80,6 +80,15 @@ class Header:
     tensors: dict[str, TensorInfo]
     data_start: int
     notes: tuple[str, ...]
+
+
+def format_of(path: Path, tensor: TensorInfo) -> BlockFormat:
+    """The storage format of a tensor. Raises ModelError for a type that mlacli cannot decode."""
+    if tensor.ggml_type in _FORMATS:
+        return _FORMATS[tensor.ggml_type]
+    supported = " ".join(f.name for f in _FORMATS.values())
+    problem = "tensor type not supported"
+    raise model_error(path, tensor.name, problem, got=tensor.type_name, limit=supported)
 
 
 def parse_header(path: Path, buffer: memoryview, file_index: int = 0) -> Header:
