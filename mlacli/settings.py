@@ -91,6 +91,18 @@ class RunSettings:
             )
 
 
+def fitted(**given: Any) -> RunSettings:
+    """RunSettings whose -b and -ub go together when only one of them is given.
+
+    A -ub above the default -b raises -b, a -b below the default -ub lowers -ub. Raises UsageError.
+    """
+    if "n_batch" in given:
+        given.setdefault("n_ubatch", min(RunSettings.n_ubatch, given["n_batch"]))
+    elif "n_ubatch" in given:
+        given["n_batch"] = max(RunSettings.n_batch, given["n_ubatch"])
+    return RunSettings(**given)
+
+
 @dataclass(frozen=True)
 class SamplingSettings:
     """How the next token is picked. Raises UsageError."""

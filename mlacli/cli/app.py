@@ -8,10 +8,15 @@ from collections.abc import Sequence
 import click
 
 from mlacli import __version__
-from mlacli.cli.options import DEBUG_HELP, HELP_NAMES, suggestion
+from mlacli.cli.options import DEBUG_HELP, HELP_NAMES
 from mlacli.errors import UsageError
 
-COMMANDS = ("run", "bench", "report")  # each in a module of its name, as `command`
+# Each is `command` in a module of its name. The summaries stand here so that help loads none.
+COMMANDS = {
+    "run": "Answer a prompt.",
+    "bench": "Measure the speed of every combination of flags.",
+    "report": "Show what a model needs: cache, buffers, work per token.",
+}
 
 
 class Commands(click.Group):
@@ -33,8 +38,12 @@ class Commands(click.Group):
         if first is not None and first.startswith("-"):
             raise UsageError(f"{first}: comes after a command, as in: mlacli run {first} ...")
         if first is not None and first not in COMMANDS:
-            raise UsageError(f"{first}: no such command{suggestion(first, COMMANDS)}")
+            raise UsageError(f"{first!r}: no such command (one of {', '.join(COMMANDS)})")
         return super().parse_args(ctx, args or ["--help"])
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
 
 
 def build() -> Commands:
@@ -44,7 +53,6 @@ def build() -> Commands:
         help="Run DeepSeek-style MLA models (GGUF) on CPUs.",
         context_settings={"help_option_names": HELP_NAMES},
         params=[click.Option(["--debug"], is_flag=True, expose_value=False, help=DEBUG_HELP)],
-        callback=None,
     )
 
 

@@ -14,7 +14,7 @@ import click
 
 from mlacli.cli.options import Flag
 from mlacli.limits import Switch
-from mlacli.settings import Request, RunSettings, SamplingSettings
+from mlacli.settings import Request, RunSettings, SamplingSettings, fitted
 
 MODEL, ATTENTION, SAMPLING, PROMPT = "Model and memory", "Attention", "Sampling", "Prompt"
 
@@ -120,16 +120,8 @@ def _given(owner: type[Any], values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def run_settings(values: Mapping[str, Any]) -> RunSettings:
-    """What `flags_of(RunSettings)` parsed, with -b and -ub fitted to one another.
-
-    A -ub above the default -b raises -b, a -b below the default -ub lowers -ub. Raises UsageError.
-    """
-    given = _given(RunSettings, values)
-    if "n_batch" in given:
-        given.setdefault("n_ubatch", min(RunSettings.n_ubatch, given["n_batch"]))
-    elif "n_ubatch" in given:
-        given["n_batch"] = max(RunSettings.n_batch, given["n_ubatch"])
-    return RunSettings(**given)
+    """What `flags_of(RunSettings)` parsed. Raises UsageError."""
+    return fitted(**_given(RunSettings, values))
 
 
 def request(values: Mapping[str, Any], prompt: str) -> Request:
