@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from codegen.dtypes import f32, i32
+from codegen.dtypes import DType, f32, i32
 from codegen.values import Value, Var
 
 if TYPE_CHECKING:
@@ -44,6 +44,11 @@ def exp2(k: Kernel, x: Value) -> Value:
         p = p * f + c
     scale = (round_to_int(k, x) + 127) << 23
     return p * scale.bits_as(f32 * x.type.lanes)
+
+
+def any_lane(mask: Value) -> Value:
+    """Whether a lane of a comparison's result is true."""
+    return mask.bits_as(DType("u", mask.type.lanes)).ne(0)
 
 
 def sigmoid(k: Kernel, x: Value) -> Value:
@@ -88,7 +93,10 @@ def _final_lane(source: int, n: int) -> int:
 
 
 def softmax_step(
-    k: Kernel, m: Var, l: Var, score: Value  # noqa: E741 - the paper's name
+    k: Kernel,
+    m: Var,
+    l: Var,
+    score: Value,
 ) -> tuple[Value, Value]:
     """One online-softmax step: returns (factor for what was summed, weight of the new score).
 

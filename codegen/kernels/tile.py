@@ -14,11 +14,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from codegen.dtypes import f32, i64
-from codegen.values import Pointer, Value
+from codegen.dtypes import f32
+from codegen.values import Pointer, Value, Var
 
 if TYPE_CHECKING:
     from codegen.builder import Kernel
+
+PARTS = (96, 64, 32)
 
 
 def round_up(k: Kernel, n: Value, step: int) -> Value:
@@ -98,23 +100,49 @@ def multiply_keys(
     Whole register tiles are computed: keys past `n_keys` give numbers that nobody reads.
     """
     m, lanes = micro(k, block_rows), k.target.lanes
-    group, unroll = m.vectors * lanes, 4
+    group, part = m.vectors * lanes, part_width(width)
     with k.loop(0, n_keys, m.keys) as key:
-        first_key = keys.at(key * width)
         with k.loop(0, n_rows, group) as row:
-            q = packed.at(row * width)
-            sums = [[k.var(k.zeros(f32 * lanes)) for _ in range(m.vectors)] for _ in range(m.keys)]
-            with k.loop(0, width, unroll) as column:
-                for u in range(unroll):
-                    at = q.at((column + u) * group)
-                    vectors = [at.at(v * lanes).load(f32 * lanes) for v in range(m.vectors)]
-                    for i, acc in enumerate(sums):
-                        value = k.splat(first_key.at(i * width + u).at(column)[0], lanes)
-                        for total, vector in zip(acc, vectors, strict=True):
-                            total += vector * value
+            totals = s.at(key * block_rows + row)
+            for i in range(0, m.keys * block_rows, block_rows):
+                for v in range(0, group, lanes):
+                    totals.at(i + v).store(k.zeros(f32 * lanes))
+            with k.loop(0, width, part) as first:
+                sums = key_sums(
+                    k,
+                    packed.at(row * width + first * group),
+                    keys.at(key * width + first),
+                    m,
+                    width=width,
+                    part=part,
+                )
+                for i, acc in enumerate(sums):
+                    for v, total in enumerate(acc):
+                        at = totals.at(i * block_rows + v * lanes)
+                        at.store(at.load(f32 * lanes) + total.get())
+
+
+def part_width(width: int) -> int:
+    """Columns summed in one accumulator before it is added up: long plain sums lose digits."""
+    return next(n for n in PARTS if width % n == 0)
+
+
+def key_sums(
+    k: Kernel, q: Pointer, keys: Pointer, m: Micro, *, width: int, part: int
+) -> list[list[Var]]:
+    """[key][vector of rows] sums over `part` columns, a register tile."""
+    lanes, unroll = k.target.lanes, 4
+    group = m.vectors * lanes
+    sums = [[k.var(k.zeros(f32 * lanes)) for _ in range(m.vectors)] for _ in range(m.keys)]
+    with k.loop(0, part, unroll) as column:
+        for u in range(unroll):
+            at = q.at((column + u) * group)
+            vectors = [at.at(v * lanes).load(f32 * lanes) for v in range(m.vectors)]
             for i, acc in enumerate(sums):
-                for v, total in enumerate(acc):
-                    s.at((key + i) * block_rows + row + v * lanes).store(total.get())
+                value = k.splat(keys.at(i * width + u).at(column)[0], lanes)
+                for total, vector in zip(acc, vectors, strict=True):
+                    total += vector * value
+    return sums
 
 
 def add_values(

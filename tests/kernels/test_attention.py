@@ -1,0 +1,225 @@
+"""Attention kernels against float64 numpy: every kind, cache format and target of this machine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from codegen.formats import CACHE_FORMATS, F16, F32, LATENT_CACHE_TYPES, Q8_KV, BlockFormat
+from codegen.kernels.attention import ABSORBED, STANDARD, flash_attn, flash_scratch_bytes
+from codegen.targets.base import Target
+from mlacli.gguf.quants import dequantise, quantise
+from tests.kernels.harness import (
+    assert_threads_agree,
+    each_target,
+    host_targets,
+    nmse,
+    run_guarded,
+    run_kernel,
+)
+
+Array = NDArray[Any]
+SCALE = 0.17
+# f32 caches only differ from f64 by rounding; the others are compared with what they decode to.
+LIMIT = 1e-12
+
+
+@dataclass(frozen=True)
+class Cache:
+    """Cells with two interleaved sequences and holes, and a batch of tokens that looks at them."""
+
+    cell_pos: Array  # (n_kv,)
+    cell_seq: Array
+    pos: Array  # (n_tokens,)
+    seq: Array
+    visible: Array  # (n_tokens, n_kv)
+
+    @property
+    def used(self) -> Array:
+        """Cells that some token sees."""
+        return np.asarray(self.visible.any(axis=0))
+
+
+def make_cache(n_tokens: int, n_kv: int, seed: int = 0) -> Cache:
+    rng = np.random.default_rng(seed)
+    cell_seq = rng.choice([0, 1, 3, -1], n_kv, p=[0.5, 0.3, 0.05, 0.15]).astype(np.int32)
+    cell_pos = np.full(n_kv, -1, np.int32)
+    for s in (0, 1, 3):
+        cell_pos[cell_seq == s] = rng.permutation(np.count_nonzero(cell_seq == s))
+    seq = rng.integers(0, 2, n_tokens, dtype=np.int32)
+    pos = rng.integers(max(0, n_kv // 3 - n_tokens), n_kv // 3 + 1, n_tokens, dtype=np.int32)
+    if n_tokens > 2:
+        seq[-1] = 7  # a token that sees nothing
+    visible = (cell_seq == seq[:, None]) & (cell_pos <= pos[:, None])
+    return Cache(cell_pos, cell_seq, pos, seq, visible)
+
+
+def stored(values: Array, fmt: BlockFormat, used: Array) -> tuple[Array, Array]:
+    """(bytes, what they decode to) of rows [cells][...][width]; cells not used hold only NaN."""
+    width = values.shape[-1]
+    rows = quantise(values.reshape(-1, width).astype(np.float32), fmt)
+    decoded = dequantise(rows, fmt, width).reshape(values.shape).astype(np.float64)
+    rows = rows.reshape(*values.shape[:-1], -1)
+    rows[~used] = 0xFF
+    return np.ascontiguousarray(rows), decoded
+
+
+def softmax_values(scores: Array, visible: Array, values: Array) -> Array:
+    """(heads, tokens, cells) scores to (tokens, heads, d_v); `values` is (cells, heads, d_v)."""
+    scores = np.where(visible, scores, -np.inf)
+    top = scores.max(axis=-1, keepdims=True, initial=-1e300)
+    weights = np.where(visible, np.exp(scores - top), 0)
+    total = weights.sum(axis=-1, keepdims=True)
+    weights = np.divide(weights, total, out=np.zeros_like(weights), where=total > 0)
+    return np.asarray(np.einsum("htj,jhd->thd", weights, values))
+
+
+def attention(q: Array, keys: Array, values: Array, visible: Array) -> Array:
+    """float64 attention; keys (cells, heads, d_k), values (cells, heads, d_v)."""
+    return softmax_values(SCALE * np.einsum("thd,jhd->htj", q, keys), visible, values)
+
+
+@dataclass(frozen=True)
+class Case:
+    args: dict[str, Any]
+    expected: Array
+
+
+def flash_case(
+    kind: str, n_tokens: int, n_kv: int, sizes: dict[str, Any], max_tokens: int, n_threads: int = 1
+) -> Case:
+    rng = np.random.default_rng(n_tokens * 1000 + n_kv)
+    n_head, d_k, d_v = (sizes[name] for name in ("n_head", "d_k", "d_v"))
+    cache = make_cache(n_tokens, n_kv, seed=n_kv)
+    q = rng.standard_normal((n_tokens, n_head, d_k)).astype(np.float32)
+    if kind == ABSORBED:
+        k_cache, rows = stored(rng.standard_normal((n_kv, d_k)), sizes["fmt_k"], cache.used)
+        v_cache, keys = k_cache, np.repeat(rows[:, None], n_head, axis=1)
+        values = keys[..., :d_v]
+    else:
+        shape = (n_kv, n_head, d_k)
+        k_cache, keys = stored(rng.standard_normal(shape), sizes["fmt_k"], cache.used)
+        shape = (n_kv, n_head, d_v)
+        v_cache, values = stored(rng.standard_normal(shape), sizes["fmt_v"], cache.used)
+    scratch_bytes = flash_scratch_bytes(
+        max_tokens, n_kv, n_threads, kind=kind, n_head=n_head, d_k=d_k, d_v=d_v
+    )
+    args = {
+        "q": q,
+        "k_cache": k_cache,
+        "v_cache": v_cache,
+        "pos": cache.pos,
+        "seq": cache.seq,
+        "cell_pos": cache.cell_pos,
+        "cell_seq": cache.cell_seq,
+        "out": np.full((n_tokens, n_head, d_v), np.nan, np.float32),
+        "scratch": np.full(scratch_bytes // 4, np.nan, np.float32),
+        "n_tokens": n_tokens,
+        "n_kv": n_kv,
+    }
+    return Case(args, attention(q, keys, values, cache.visible))
+
+
+def flash_sizes(kind: str, n_head: int, d_k: int, d_v: int, fmt: BlockFormat) -> dict[str, Any]:
+    return {"kind": kind, "n_head": n_head, "d_k": d_k, "d_v": d_v, "fmt_k": fmt, "fmt_v": fmt}
+
+
+def check_flash(
+    target: Target, n_tokens: int, n_kv: int, max_tokens: int, sizes: dict[str, Any]
+) -> None:
+    case = flash_case(sizes["kind"], n_tokens, n_kv, sizes, max_tokens)
+    spec = flash_attn(**sizes, max_tokens=max_tokens, scale=SCALE)
+    run_kernel(spec, target, case.args)
+    assert np.isfinite(case.args["out"]).all()
+    assert nmse(case.args["out"], case.expected) <= LIMIT, (n_tokens, n_kv)
+
+
+TOKENS, CELLS = (1, 2, 7, 33), (1, 31, 33, 257, 700)
+
+
+@each_target
+@pytest.mark.parametrize("kind", [ABSORBED, STANDARD])
+def test_flash_over_batch_and_cache_sizes(target: Target, kind: str) -> None:
+    d_k, d_v = (160, 128) if kind == ABSORBED else (96, 64)
+    sizes = flash_sizes(kind, 5, d_k, d_v, F16)
+    for n_tokens in TOKENS:
+        for n_kv in CELLS:
+            check_flash(target, n_tokens, n_kv, 33, sizes)
+
+
+@each_target
+@pytest.mark.parametrize("name", CACHE_FORMATS)
+def test_flash_reads_every_format(target: Target, name: str) -> None:
+    if name in LATENT_CACHE_TYPES:
+        check_flash(target, 7, 257, 7, flash_sizes(ABSORBED, 4, 192, 160, CACHE_FORMATS[name]))
+    check_flash(target, 7, 33, 7, flash_sizes(STANDARD, 2, 96, 160, CACHE_FORMATS[name]))
+
+
+@each_target
+@pytest.mark.parametrize("n_head", [1, 4, 16])
+def test_flash_of_full_size_heads(target: Target, n_head: int) -> None:
+    check_flash(target, 1, 700, 1, flash_sizes(ABSORBED, n_head, 576, 512, Q8_KV))
+
+
+@pytest.mark.parametrize("kind", [ABSORBED, STANDARD])
+@pytest.mark.parametrize("n_tokens", [1, 7])
+def test_flash_does_not_depend_on_threads(kind: str, n_tokens: int) -> None:
+    sizes = flash_sizes(kind, 4, 160, 128, F16)
+    spec = flash_attn(**sizes, max_tokens=7, scale=SCALE)
+    found = assert_threads_agree(
+        spec,
+        host_targets()[0],
+        lambda: flash_case(kind, n_tokens, 700, sizes, 7, n_threads=5).args,
+        ["out"],
+    )
+    expected = flash_case(kind, n_tokens, 700, sizes, 7).expected
+    assert nmse(found["out"], expected) <= LIMIT
+
+
+@each_target
+@pytest.mark.parametrize("kind", [ABSORBED, STANDARD])
+def test_flash_keeps_to_its_arrays(target: Target, kind: str) -> None:
+    sizes = flash_sizes(kind, 5, 160, 128, Q8_KV)
+    spec = flash_attn(**sizes, max_tokens=3, scale=SCALE)
+    for n_tokens, n_kv in ((1, 257), (3, 31)):
+        case = flash_case(kind, n_tokens, n_kv, sizes, 3)
+        found = run_guarded(spec, target, case.args, outputs=["out"], updates=["scratch"])
+        assert nmse(found["out"], case.expected) <= LIMIT
+
+
+def test_a_token_without_visible_cells_gets_zeros() -> None:
+    sizes = flash_sizes(ABSORBED, 2, 96, 64, F32)
+    case = flash_case(ABSORBED, 4, 40, sizes, 4)
+    case.args["cell_seq"][:] = 9
+    run_kernel(flash_attn(**sizes, max_tokens=4, scale=SCALE), host_targets()[0], case.args)
+    assert not case.args["out"].any()
+
+
+@pytest.mark.parametrize("where", ["q", "k_cache"])
+def test_nan_reaches_the_output(where: str) -> None:
+    sizes = flash_sizes(STANDARD, 1, 96, 64, F32)
+    case = flash_case(STANDARD, 1, 33, sizes, 4)
+    case.args["cell_seq"][:], case.args["cell_pos"][:] = case.args["seq"][0], 0
+    case.args["k_cache"].view(np.float32)[:] = 1
+    case.args["v_cache"].view(np.float32)[:] = 1
+    case.args[where].reshape(-1).view(np.float32)[5] = np.nan
+    run_kernel(flash_attn(**sizes, max_tokens=4, scale=SCALE), host_targets()[0], case.args)
+    assert np.isnan(case.args["out"]).all()
+
+
+def test_large_scores_stay_finite() -> None:
+    sizes = flash_sizes(ABSORBED, 4, 96, 64, F32)
+    case = flash_case(ABSORBED, 7, 257, sizes, 7)
+    case.args["q"] *= 1e4
+    run_kernel(flash_attn(**sizes, max_tokens=7, scale=SCALE), host_targets()[0], case.args)
+    assert np.isfinite(case.args["out"]).all()
+
+
+def test_flash_scratch_stays_small() -> None:
+    lite = flash_scratch_bytes(512, 163840, 16, kind=ABSORBED, n_head=16, d_k=576, d_v=512)
+    full = flash_scratch_bytes(512, 163840, 16, kind=ABSORBED, n_head=128, d_k=576, d_v=512)
+    assert lite <= 8 << 20 and full <= 40 << 20
