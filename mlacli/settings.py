@@ -107,9 +107,7 @@ def fitted(**given: Any) -> RunSettings:
 class SamplingSettings:
     """How the next token is picked. Raises UsageError."""
 
-    temperature: float = field(
-        default=0.8, metadata=_rule(Limit("--temp", 0, 1000, float))
-    )  # 0: greedy
+    temp: float = field(default=0.8, metadata=_rule(Limit("--temp", 0, 1000, float)))  # 0: greedy
     top_k: int = field(default=40, metadata=_limit("--top-k", 0, _MAX_INT))  # 0: all
     top_p: float = field(default=0.95, metadata=_rule(Limit("--top-p", 0, 1, float)))
     min_p: float = field(default=0.05, metadata=_rule(Limit("--min-p", 0, 1, float)))
@@ -120,6 +118,7 @@ class SamplingSettings:
     repeat_last_n: int = field(default=64, metadata=_limit("--repeat-last-n", -1, _MAX_INT))
     # -1: a new seed each time, which the start-up lines name
     seed: int = field(default=-1, metadata=_limit("-s", -1, 2**32 - 1))
+    ignore_eos: bool = False
 
     def __post_init__(self) -> None:
         _check_fields(self)
@@ -136,7 +135,6 @@ class Request:
     # -1: until the model ends. -2: until the context is full.
     n_predict: int = field(default=-1, metadata=_limit("-n", -2, _MAX_INT))
     raw: bool = False  # no chat template
-    ignore_eos: bool = False
     sampling: SamplingSettings = field(default_factory=SamplingSettings)
 
     def __post_init__(self) -> None:

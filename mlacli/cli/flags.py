@@ -60,7 +60,7 @@ _TEXT: dict[str, tuple[str, str, str, str]] = {
         "MIB",
         "Most memory for K*Q; 0: no limit.",
     ),
-    "temperature": (SAMPLING, "--temp --temperature", "T", "0 takes the likeliest token."),
+    "temp": (SAMPLING, "--temp --temperature", "T", "0 takes the likeliest token."),
     "top_k": (SAMPLING, "--top-k", "N", "Only the N likeliest tokens; 0: all."),
     "top_p": (SAMPLING, "--top-p", "P", "The likeliest tokens that make up P."),
     "min_p": (SAMPLING, "--min-p", "P", "Only tokens at least P times as likely as the best."),
@@ -73,7 +73,7 @@ _TEXT: dict[str, tuple[str, str, str, str]] = {
         "N",
         "Most tokens to generate; -1: until the model ends, -2: until the context is full.",
     ),
-    "ignore_eos": (PROMPT, "--ignore-eos", "", "Go on after the end token."),
+    "ignore_eos": (SAMPLING, "--ignore-eos", "", "Go on after the end token."),
 }
 _SHOWN_DEFAULT = {
     "model": "a small model that comes with mlacli",
