@@ -16,7 +16,7 @@ def default_threads() -> int:
     A second thread on the same core adds nothing to matrix products, so SMT siblings count once.
     """
     allowed = _affinity()
-    cores = _physical_cores(allowed, Path("/sys/devices/system/cpu"))
+    cores = physical_cores(allowed, Path("/sys/devices/system/cpu"))
     quota = cpu_quota(Path("/proc/self/cgroup"), Path("/sys/fs/cgroup"))
     return max(1, min(cores, int(quota) if quota is not None else cores))
 
@@ -33,7 +33,7 @@ def _affinity() -> set[int]:
     return set(range(os.cpu_count() or 1))
 
 
-def _physical_cores(cpus: Iterable[int], sysfs: Path) -> int:
+def physical_cores(cpus: Iterable[int], sysfs: Path) -> int:
     """Different cores behind the logical CPUs; asks psutil where there is no sysfs."""
     cpus = set(cpus)
     cores = set()
