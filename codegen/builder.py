@@ -189,9 +189,7 @@ class Kernel:
     def prefetch(self, p: Pointer, locality: int = 3) -> None:
         """Ask for a cache line ahead of its use; `locality` 0 streams past the caches."""
         words = [ir.Constant(ir.IntType(32), n) for n in (0, locality, 1)]
-        function = self._declare(
-            "llvm.prefetch.p0", ir.VoidType(), [PTR, *(w.type for w in words)]
-        )
+        function = self._declare("llvm.prefetch.p0", ir.VoidType(), [PTR, *(w.type for w in words)])
         self.b.call(function, [p.ir, *words])
 
     # -- arithmetic ---------------------------------------------------------------------------
@@ -226,6 +224,11 @@ class Kernel:
                 self, getattr(b, signed + ("rem" if op == "rem" else "div"))(a.ir, c.ir), t
             )
         return Value(self, getattr(b, _INT[op])(a.ir, c.ir), t)
+
+    def product(self, left: Any, right: Any) -> Value:
+        """left * right rounded on its own: never fused with an add, so equal on every target."""
+        a, c = self._pair(left, right, "product")
+        return Value(self, self.b.fmul(a.ir, c.ir), a.type)
 
     def compare(self, op: str, left: Any, right: Any) -> Value:
         a, c = self._pair(left, right, op)

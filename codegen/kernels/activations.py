@@ -12,15 +12,14 @@ from typing import TYPE_CHECKING
 from codegen.dtypes import f32, i8, i32, u8
 from codegen.kernel import dim, kernel, ptr
 from codegen.kernels.blocks import BLOCK
+from codegen.kernels.encode import eight_bit, inverse_of, largest_bits, tree
 from codegen.kernels.rows import row_tiles, vectors
 from codegen.values import Pointer, Value
-from codegen.vecmath import round_to_int
 
 if TYPE_CHECKING:
     from codegen.builder import Kernel
 
 LINE = 64
-SMALLEST = 2.0**-100  # blocks below count as zero: 127 / max|x| has to be a finite f32
 
 
 def row_bytes(n: int) -> int:
@@ -69,23 +68,7 @@ def quantize(
 
 
 def quantize_block(k: Kernel, x: list[Value]) -> tuple[Value, list[Value], Value]:
-    """(d, codes as i32 vectors, sum of the codes) of 32 values.
-
-    The largest magnitude is found on the bits, where a NaN is larger than any number: d is then
-    not a number either, and the fault stays visible instead of vanishing in a code.
-    """
-    bits = [v.bits_as(i32 * v.type.lanes) & 0x7FFFFFFF for v in x]
-    top = tree(k, bits, "max").bits_as(f32)
-    is_zero = top < SMALLEST
-    inverse = k.select(is_zero, k.const(0, f32), 127.0 / top)
-    codes = [round_to_int(k, v * inverse) for v in x]
-    d = k.select(is_zero, k.const(0, f32), top / 127.0)
+    """(d, codes as i32 vectors, sum of the codes) of 32 values."""
+    d = largest_bits(k, x).bits_as(f32) / 127.0
+    codes = eight_bit(k, x, inverse_of(k, d))
     return d, codes, tree(k, codes, "add")
-
-
-def tree(k: Kernel, values: list[Value], op: str) -> Value:
-    """One number out of all lanes of all vectors, always in the same order."""
-    while len(values) > 1:
-        pairs = zip(values[::2], values[1::2], strict=True)
-        values = [a + b if op == "add" else k.maximum(a, b) for a, b in pairs]
-    return k.reduce(op, values[0])

@@ -40,7 +40,10 @@ class Target:
         return u8 if self.unsigned_weights else i8
 
     def dot_i8(self, k: Kernel, acc: Value, weights: Value, codes: Value) -> Value:
-        """acc[j] += sum of weights[4j + i] * codes[4j + i], i = 0..3, exact."""
+        """acc[j] += sum of weights[4j + i] * codes[4j + i], i = 0..3, exact.
+
+        Weights are i8 or u8, codes i8; with i8 weights no code may be -128.
+        """
         products = weights.to(i32) * codes.to(i32)
         n = acc.type.lanes
         for i in range(4):
@@ -87,4 +90,3 @@ class Target:
 
     def pause(self, k: Kernel) -> None:
         """Tell the core that this is a spin loop."""
-

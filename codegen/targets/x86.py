@@ -25,11 +25,23 @@ class X86(Target):
         return 32 * self.lanes
 
     def dot_i8(self, k: Kernel, acc: Value, weights: Value, codes: Value) -> Value:
-        if self.vnni and weights.type.scalar == u8:
-            name = f"llvm.x86.avx512.vpdpbusd.{32 * acc.type.lanes}"
-            return k.intrinsic(name, acc.type, acc, weights, codes)
-        if weights.type.scalar == i8:  # |w| * (sign(w) a): |w| <= 127 cannot saturate
+        n = acc.type.lanes
+        if n > self.lanes:  # longer vectors are several registers
+            ends = ((0, n // 2), (n // 2, n))
+            parts = [
+                self.dot_i8(
+                    k, acc.lanes(i, j), weights.lanes(4 * i, 4 * j), codes.lanes(4 * i, 4 * j)
+                )
+                for i, j in ends
+            ]
+            return k.concat(parts[0], parts[1])
+        if weights.type.scalar == i8:  # |w| * (sign(w) a): |w| <= 128 cannot saturate a pair
             weights, codes = self._move_sign(k, weights, codes)
+        elif not self.vnni:  # a pair of 255 * 127 would
+            return super().dot_i8(k, acc, weights, codes)
+        if self.vnni:
+            name = f"llvm.x86.avx512.vpdpbusd.{32 * n}"
+            return k.intrinsic(name, acc.type, acc, weights, codes)
         return acc + self._pair_sums(k, weights, codes)
 
     def _move_sign(self, k: Kernel, weights: Value, codes: Value) -> tuple[Value, Value]:
@@ -45,13 +57,14 @@ class X86(Target):
     def _pair_sums(self, k: Kernel, weights: Value, codes: Value) -> Value:
         """u8 * s8 into i16 pairs, then into i32 (pmaddubsw, pmaddwd)."""
         n = weights.type.lanes
-        prefix = "llvm.x86.avx512." if n == 64 else "llvm.x86.avx2."
-        suffix = ".512" if n == 64 else ""
-        first = "pmaddubs.w" if n == 64 else "pmadd.ub.sw"
-        second = "pmaddw.d" if n == 64 else "pmadd.wd"
-        pairs = k.intrinsic(prefix + first + suffix, i16 * (n // 2), weights, codes)
+        first, second = {
+            16: ("ssse3.pmadd.ub.sw.128", "sse2.pmadd.wd"),
+            32: ("avx2.pmadd.ub.sw", "avx2.pmadd.wd"),
+            64: ("avx512.pmaddubs.w.512", "avx512.pmaddw.d.512"),
+        }[n]
+        pairs = k.intrinsic("llvm.x86." + first, i16 * (n // 2), weights, codes)
         ones = k.const(1, i16 * (n // 2))
-        return k.intrinsic(prefix + second + suffix, i32 * (n // 4), pairs, ones)
+        return k.intrinsic("llvm.x86." + second, i32 * (n // 4), pairs, ones)
 
     def dot_bf16(self, k: Kernel, acc: Value, a: Value, b: Value) -> Value:
         n = acc.type.lanes
@@ -90,9 +103,7 @@ def avx2(triple: str = TRIPLE, cpu: str = "haswell", features: str = _AVX2) -> X
 
 def avx2_vnni(triple: str = TRIPLE, cpu: str = "alderlake", features: str = "") -> X86:
     features = features or _AVX2 + ",+avxvnni"
-    return X86(
-        "avx2vnni", triple, cpu, features, 8, 16, unsigned_weights=True, vnni="avxvnni"
-    )
+    return X86("avx2vnni", triple, cpu, features, 8, 16, unsigned_weights=True, vnni="avxvnni")
 
 
 def avx512(triple: str = TRIPLE, cpu: str = "skylake-avx512", features: str = _AVX512) -> X86:

@@ -28,12 +28,12 @@ def join_a8(codes: Array, d: Array, s: Array, pitch: int) -> Array:
 
 
 def quantize(x: Array, weight_bias: int) -> tuple[Array, Array, Array]:
-    """(codes before rounding, d, s for given codes' rounding) of f32 rows: d = max|x| / 127."""
+    """(codes, d, s) of f32 rows: d = max|x| / 127 over 32 values, codes = round(x / d)."""
     blocks = x.reshape(len(x), -1, 32)
-    top = np.abs(blocks).max(axis=-1)
-    top = np.where(top < np.float32(2.0**-100), np.float32(0), top)
-    d = top / np.float32(127)
-    inverse = np.divide(np.float32(127), top, out=np.zeros_like(top), where=top > 0)
-    exact = blocks.astype(np.float64) * inverse[..., None]
-    sums = -weight_bias * np.rint(exact).astype(np.int32).sum(axis=-1, dtype=np.int32)
-    return exact.reshape(x.shape), d, sums
+    d = np.abs(blocks).max(axis=-1) / np.float32(127)
+    with np.errstate(divide="ignore", over="ignore"):
+        inverse = np.float32(1) / d
+    inverse = np.where(np.isfinite(inverse), inverse, np.float32(0))
+    codes = np.rint(blocks * inverse[..., None]).astype(np.int8)
+    sums = -weight_bias * codes.sum(axis=-1, dtype=np.int32)
+    return codes.reshape(x.shape), d, sums

@@ -1,0 +1,247 @@
+"""What each target promises: its instructions, exact integer products, reproducible IR."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from codegen import jit
+from codegen.dtypes import bf16, f32, i8, i32, u8
+from codegen.kernel import KernelSpec, dim, kernel, ptr
+from codegen.kernels.activations import quantize
+from codegen.targets import NAMES, Host, build, can_run, choose
+from tests.kernels.harness import each_target, run_kernel
+
+GOLDEN = Path(__file__).parent.parent / "golden"
+INTEGER_DOT = {
+    "avx512vnni-bf16": "vpdpbusd",
+    "avx512vnni": "vpdpbusd",
+    "avx512": "vpmaddubsw",
+    "avx2vnni": "vpdpbusd",
+    "avx2": "vpmaddubsw",
+    "neon": "sdot",
+}
+SPECIAL = re.compile(r"\b(vpdp\w+|vpmadd\w+|vdpbf16ps|[su]dot|bfdot|vfmadd\w+|fmla|vcvtp[hs]2\w+)")
+
+
+@kernel(y=ptr(i32), w=ptr(u8), x=ptr(i8), n=dim())
+def dot(k: Any, y: Any, w: Any, x: Any, n: Any, *, signed: bool, lanes: int = 0) -> None:
+    """y[i] = y[i] + the sum of four products, for n lanes."""
+    lanes, kind = lanes or k.target.lanes, i8 if signed else u8
+    with k.loop(0, n, lanes) as i:
+        weights = w.cast(kind).at(4 * i).load(kind * (4 * lanes))
+        codes = x.at(4 * i).load(i8 * (4 * lanes))
+        y.at(i).store(k.dot_i8(y.at(i).load(i32 * lanes), weights, codes))
+
+
+@kernel(y=ptr(i32), w=ptr(u8), x=ptr(i8), n=dim())
+def dot_native(k: Any, y: Any, w: Any, x: Any, n: Any) -> None:
+    """One register of the weights that this target prefers."""
+    lanes, kind = k.target.lanes, k.target.weight_type
+    weights = w.cast(kind).load(kind * (4 * lanes))
+    y.store(k.dot_i8(y.load(i32 * lanes), weights, x.load(i8 * 4 * lanes)))
+
+
+@kernel(y=ptr(f32), w=ptr(bf16), x=ptr(bf16), n=dim())
+def dot_bf16(k: Any, y: Any, w: Any, x: Any, n: Any) -> None:
+    lanes = k.target.lanes
+    pairs = bf16 * (2 * lanes)
+    y.store(k.target.dot_bf16(k, y.load(f32 * lanes), w.load(pairs), x.load(pairs)))
+
+
+@kernel(y=ptr(f32), x=ptr(f32), n=dim())
+def golden_sum(k: Any, y: Any, x: Any, n: Any, *, width: int) -> None:
+    """y[r] = sum of row r of x; its IR is kept as text in tests/golden."""
+    with k.tiles(n) as r:
+        total = k.var(k.zeros(f32 * 4))
+        with k.loop(0, width, 4) as i:
+            total += x.at(r * width + i).load(f32 * 4)
+        y[r] = total.get().sum()
+
+
+def sample_specs() -> list[KernelSpec]:
+    return [quantize(n=96), dot(signed=True), dot_native(), dot_bf16(), golden_sum(width=32)]
+
+
+# -- integer and bf16 products ------------------------------------------------------------------
+
+
+def operands(signed: bool, lanes: int) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Every pair of extremes, then random numbers; as many lanes as wanted."""
+    low, high = (-128, 127) if signed else (0, 255)
+    smallest = -127 if signed else -128  # no quantiser makes the code -128
+    ends = [(w, x) for w in (low, low + 1, -1, 0, 1, high) for x in (smallest, -1, 0, 1, 127)]
+    pairs = np.array([p for p in ends if p[0] >= low], np.int64)
+    same = np.repeat(pairs, 4, axis=0)  # four alike in a lane: the largest sums
+    rng = np.random.default_rng(0)
+    free = np.stack([rng.integers(low, high + 1, 4096), rng.integers(smallest, 128, 4096)], axis=1)
+    both = np.resize(np.concatenate([same, free]), (4 * lanes, 2))
+    return both[:, 0], both[:, 1]
+
+
+@each_target
+@pytest.mark.parametrize("signed", [True, False])
+def test_integer_dot_is_exact(target: Any, signed: bool) -> None:
+    w, x = operands(signed, 1024)
+    y = np.arange(-512, 512, dtype=np.int32) * 1_000_000
+    expected = y + (w * x).reshape(-1, 4).sum(axis=1)
+    for lanes in sorted({4, 8, 16, target.lanes}):
+        found = y.copy()
+        args: dict[str, Any] = {
+            "y": found,
+            "w": w.astype(np.uint8),
+            "x": x.astype(np.int8),
+            "n": 1024,
+        }
+        run_kernel(dot(signed=signed, lanes=lanes), target, args)
+        np.testing.assert_array_equal(found, expected)
+
+
+@each_target
+def test_bf16_dot(target: Any) -> None:
+    rng = np.random.default_rng(0)
+    n = target.lanes
+    w, x = ((rng.normal(size=2 * n).astype(np.float32).view(np.uint32) >> 16) for _ in range(2))
+    y = rng.normal(size=n).astype(np.float32)
+    wide = [(v << 16).view(np.float32).astype(np.float64) for v in (w, x)]
+    expected = y + (wide[0] * wide[1]).reshape(n, 2).sum(axis=1)
+    args = {"y": y, "w": w.astype(np.uint16), "x": x.astype(np.uint16), "n": n}
+    run_kernel(dot_bf16(), target, args)
+    np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-6)
+
+
+# -- instructions -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_integer_mnemonic(name: str) -> None:
+    """Compiled for every target, also those that this machine cannot run."""
+    text = jit.assembly(dot_native(), build(name))
+    found = set(SPECIAL.findall(text))
+    assert INTEGER_DOT[name] in found if name in INTEGER_DOT else not found
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_bf16_mnemonic(name: str) -> None:
+    text = jit.assembly(dot_bf16(), build(name))
+    assert ("vdpbf16ps" in text) == (name == "avx512vnni-bf16")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_vectors_are_as_wide_as_promised(name: str) -> None:
+    target = build(name)
+    register = {16: "zmm", 8: "ymm", 4: "xmm"}[target.lanes]
+    if name == "neon":
+        register = r"v\d+\.4s"
+    assert re.search(register, jit.assembly(quantize(n=96), target))
+
+
+def test_choice_of_target() -> None:
+    old = Host("x86_64-unknown-linux-gnu", "haswell", frozenset({"avx2", "fma", "f16c"}))
+    assert choose(old).name == "avx2" and choose(old, "generic").name == "generic"
+    with pytest.raises(ValueError, match="avx512vnni"):
+        choose(old, "avx512vnni")
+    with pytest.raises(ValueError, match="avx3"):
+        choose(old, "avx3")
+    arm = Host("aarch64-unknown-linux-gnu", "neoverse-n1", frozenset({"neon", "dotprod"}))
+    assert choose(arm).name == "neon" and not can_run("avx2", arm)
+    assert choose(Host("riscv64-unknown-linux-gnu", "", frozenset())).name == "generic"
+
+
+# -- IR -----------------------------------------------------------------------------------------
+
+
+def digests() -> str:
+    """One digest per sample kernel and target."""
+    lines = []
+    for name in NAMES:
+        for spec in sample_specs():
+            digest = hashlib.sha256(spec.ir(build(name)).encode()).hexdigest()
+            lines.append(f"{name} {spec.symbol} {digest}")
+    return "\n".join(lines)
+
+
+def test_ir_is_deterministic() -> None:
+    """Twice here, and in processes that hash strings differently."""
+    here = digests()
+    assert digests() == here
+    code = "from tests.kernels import test_targets; print(test_targets.digests())"
+    for seed in ("1", "2"):
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            env=os.environ | {"PYTHONHASHSEED": seed},
+            cwd=Path(__file__).parents[2],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        assert done.stdout.strip() == here
+
+
+def test_no_external_symbols() -> None:
+    for name in NAMES:
+        for spec in sample_specs():
+            jit.check_symbols(spec.ir(build(name)))
+            assert undefined_symbols(jit.assembly(spec, build(name))) <= jit.EXTERNAL_SYMBOLS
+
+
+def undefined_symbols(assembly: str) -> set[str]:
+    """What an assembly text calls or jumps to without defining it: LLVM adds calls of its own."""
+    called = set(re.findall(r"\b(?:callq?|bl|jmp|b)\s+([A-Za-z_]\w*)(?:@PLT)?\s*$", assembly, re.M))
+    return called - set(re.findall(r"^(\w+):", assembly, re.M))
+
+
+def test_forbidden_symbol_is_refused() -> None:
+    @kernel(y=ptr(f32))
+    def bad(k: Any, y: Any) -> None:
+        k.call_external("printf", y)
+
+    with pytest.raises(ValueError, match="printf"):
+        jit.Jit(build("generic", jit.host())).load(bad())
+
+
+def test_golden_ir() -> None:
+    """The whole text of one small kernel; `python -m tests.kernels.test_targets` renews it."""
+    assert golden_sum(width=32).ir(build("generic")) == (GOLDEN / "sum_32.ll").read_text()
+
+
+def test_no_fast_math_flags() -> None:
+    for spec in sample_specs():
+        flags = set(
+            re.findall(r"\b(fast|reassoc|nnan|ninf|nsz|arcp|afn)\b", spec.ir(build("avx2")))
+        )
+        assert not flags, spec.symbol
+
+
+def test_values_have_no_truth_and_types_do_not_mix() -> None:
+    @kernel(y=ptr(f32), n=dim())
+    def truth(k: Any, y: Any, n: Any) -> None:
+        if n < 3:
+            y[0] = 1.0
+
+    @kernel(y=ptr(f32), n=dim())
+    def mixed(k: Any, y: Any, n: Any) -> None:
+        y[0] = y[0] * n
+
+    @kernel(y=ptr(f32), n=dim())
+    def unrolled(k: Any, y: Any, n: Any) -> None:
+        for i in range(n):
+            y[i] = 0.0
+
+    for wrong, message in ((truth, "truth value"), (mixed, r"\.to\("), (unrolled, "run time")):
+        with pytest.raises(TypeError, match=message):
+            wrong().ir(build("generic"))
+
+
+if __name__ == "__main__":
+    GOLDEN.mkdir(exist_ok=True)
+    (GOLDEN / "sum_32.ll").write_text(golden_sum(width=32).ir(build("generic")))
