@@ -8,7 +8,7 @@ hold. Layout: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from struct import Struct
 from struct import error as StructError
@@ -45,6 +45,7 @@ _MIN_TENSOR_BYTES = 8 + 1 + 4 + 8 + 4 + 8  # name, n_dims, one dimension, type, 
 _U32, _U64 = Struct("<I"), Struct("<Q")
 _SCALARS = {type_: Struct("<" + code) for type_, code in SCALAR_CODES.items()}
 _FORMATS = {f.ggml_type: f for f in (*CACHE_FORMATS.values(), *WEIGHT_FORMATS.values())}
+_DIMENSIONS = [Struct(f"<{n}Q") for n in range(MAX_DIMENSIONS + 1)]
 _ALIGNMENT_KEY = "general.alignment"
 _TEMPLATE_KEY = "tokenizer.chat_template"
 
@@ -69,6 +70,10 @@ class TensorInfo:
     @property
     def row_bytes(self) -> int:
         return self.nbytes // self.n_rows
+
+
+# Offset from the start of the data, bytes, (name, shape, type, type name), file index.
+_Declared = tuple[int, int, tuple[str, tuple[int, ...], int, str], int]
 
 
 @dataclass(frozen=True)
@@ -263,14 +268,13 @@ def _alignment(path: Path, metadata: Metadata) -> int:
     return alignment
 
 
-def _tensor(cursor: _Cursor, index: int, file_index: int, alignment: int) -> TensorInfo:
-    """One tensor's entry; its offset is still relative to the start of the data."""
+def _tensor(cursor: _Cursor, index: int, file_index: int, alignment: int) -> _Declared:
+    """One tensor's entry, checked by itself: its offset, and what else a TensorInfo needs."""
     name = cursor.name(f"tensor {index}", MAX_TENSOR_NAME_BYTES)
     n_dims = cursor.unsigned(_U32, name)
     if not 1 <= n_dims <= MAX_DIMENSIONS:
         cursor.fail(name, "number of dimensions", n_dims, f"1..{MAX_DIMENSIONS}")
-    start = cursor.take(8 * n_dims, name)
-    shape = tuple(_U64.unpack_from(cursor.buffer, start + 8 * i)[0] for i in range(n_dims))
+    shape = _DIMENSIONS[n_dims].unpack_from(cursor.buffer, cursor.take(8 * n_dims, name))
     for size in shape:
         if not 1 <= size < 2**63:
             cursor.fail(name, "a dimension is zero or negative", size, f"1..{2**63 - 1}")
@@ -282,8 +286,7 @@ def _tensor(cursor: _Cursor, index: int, file_index: int, alignment: int) -> Ten
     offset = cursor.unsigned(_U64, name)
     if offset % alignment:
         cursor.fail(name, "the offset is not aligned", offset, alignment)
-    nbytes = math.prod(shape[1:]) * row_bytes
-    return TensorInfo(name, shape, ggml_type, type_name, offset, nbytes, file_index)
+    return offset, math.prod(shape[1:]) * row_bytes, (name, shape, ggml_type, type_name), file_index
 
 
 def _type_layout(cursor: _Cursor, name: str, ggml_type: int) -> tuple[str, int, int, int]:
@@ -301,7 +304,7 @@ def _type_layout(cursor: _Cursor, name: str, ggml_type: int) -> tuple[str, int, 
 
 
 def _place(
-    cursor: _Cursor, declared: list[TensorInfo], data_start: int
+    cursor: _Cursor, declared: list[_Declared], data_start: int
 ) -> tuple[dict[str, TensorInfo], int]:
     """Tensors by name with absolute offsets, and the end of the last one's data.
 
@@ -309,16 +312,16 @@ def _place(
     """
     tensors: dict[str, TensorInfo] = {}
     end, last = data_start, ""
-    for tensor in sorted(declared, key=lambda t: t.offset):
-        name = tensor.name
-        offset = data_start + tensor.offset
+    for relative, nbytes, described, file_index in sorted(declared, key=lambda entry: entry[0]):
+        name = described[0]
+        offset = data_start + relative
         if name in tensors:
             cursor.fail(name, "the tensor occurs twice")
         if offset < end:
             cursor.fail(name, f"overlaps tensor {last}", f"offset {offset}", f"from {end}")
-        end, last = offset + tensor.nbytes, name
+        end, last = offset + nbytes, name
         if end > cursor.file_size:
             problem = "its data runs past the end of the file"
-            cursor.fail(name, problem, f"{offset} + {tensor.nbytes} bytes", cursor.file_size)
-        tensors[name] = replace(tensor, offset=offset)
+            cursor.fail(name, problem, f"{offset} + {nbytes} bytes", cursor.file_size)
+        tensors[name] = TensorInfo(*described, offset, nbytes, file_index)
     return tensors, end
