@@ -49,5 +49,5 @@ class Keys:
         """A float within low..high."""
         value = self.metadata.number(self.prefix + key, default)
         if not low <= value <= high:  # true for NaN, too
-            raise self.fail(key, "out of range", value, f"{low:g}..{high:g}")
+            raise self.fail(key, "out of range", f"{value:g}", f"{low:g}..{high:g}")
         return value
