@@ -1,8 +1,8 @@
 """Picking the next token from its logits.
 
-Each filter is a function of logits that gives logits: what it removes becomes -inf, and every other
-keeps its place. `Sampler` applies them in llama.cpp's order: repetition penalty, top-k, top-p, min-p,
-temperature, then one draw.
+Each filter is a function of logits that gives logits: what it removes becomes -inf, what it keeps
+stays at its place. `Sampler` applies them in llama.cpp's order: repetition penalty, top-k, top-p,
+min-p, temperature, then one draw.
 """
 
 from __future__ import annotations
