@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 from codegen.dtypes import f32, i8, i32, u8
 from codegen.kernel import dim, kernel, ptr
 from codegen.kernels.blocks import BLOCK
-from codegen.kernels.encode import eight_bit, inverse_of, largest_bits, tree
-from codegen.kernels.rows import row_tiles, vectors
+from codegen.kernels.encode import eight_bit, inverse_of, largest_bits
+from codegen.kernels.rows import row_tiles, tree, vectors
 from codegen.values import Pointer, Value
 
 if TYPE_CHECKING:

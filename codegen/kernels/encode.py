@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from codegen.dtypes import f16, f32, i8, i32, u8, u32
 from codegen.formats import BlockFormat
 from codegen.kernels.blocks import BLOCK, block_at
+from codegen.kernels.rows import tree
 from codegen.values import Pointer, Value
 from codegen.vecmath import round_to_int
 
@@ -157,11 +158,3 @@ def store_two_bits(k: Kernel, qh: Pointer, codes: list[Value]) -> None:
     for j in range(0, 8, width):
         byte = part(j) | (part(j + 16) << 2) | (part(j + 8) << 4) | (part(j + 24) << 6)
         qh.at(j).store(byte.to(u8))
-
-
-def tree(k: Kernel, values: list[Value], op: str) -> Value:
-    """One number out of all lanes of all vectors ("add" or "max"), always in the same order."""
-    while len(values) > 1:
-        pairs = zip(values[::2], values[1::2], strict=True)
-        values = [a + b if op == "add" else k.maximum(a, b) for a, b in pairs]
-    return k.reduce(op, values[0])

@@ -16,12 +16,14 @@ TILE_VALUES = 4096  # work behind one turn of the shared tile counter, so that i
 
 
 @contextmanager
-def row_tiles(k: Kernel, n_rows: Any, width: int) -> Iterator[Value]:
+def row_tiles(
+    k: Kernel, n_rows: Any, width: int, tile_values: int = TILE_VALUES
+) -> Iterator[Value]:
     """Each row 0 .. n_rows - 1 once, on some thread; narrow rows are handed out several at a time.
 
     What a row's code computes must depend on the row only, never on the rows before it.
     """
-    n_rows, per_tile = k.const(n_rows, i64), max(1, TILE_VALUES // width)
+    n_rows, per_tile = k.const(n_rows, i64), max(1, tile_values // width)
     with k.tiles((n_rows + (per_tile - 1)) // per_tile) as tile:
         stop = k.minimum((tile + 1) * per_tile, n_rows)
         with k.loop(tile * per_tile, stop) as row:
@@ -39,3 +41,11 @@ def store_vectors(p: Pointer, values: list[Value]) -> None:
     for value in values:
         p.at(at).store(value)
         at += value.type.lanes
+
+
+def tree(k: Kernel, values: list[Value], op: str) -> Value:
+    """One number out of all lanes of all vectors ("add" or "max"), always in the same order."""
+    while len(values) > 1:
+        pairs = zip(values[::2], values[1::2], strict=True)
+        values = [a + b if op == "add" else k.maximum(a, b) for a, b in pairs]
+    return k.reduce(op, values[0])

@@ -37,3 +37,35 @@ def quantize(x: Array, weight_bias: int) -> tuple[Array, Array, Array]:
     codes = np.rint(blocks * inverse[..., None]).astype(np.int8)
     sums = -weight_bias * codes.sum(axis=-1, dtype=np.int32)
     return codes.reshape(x.shape), d, sums
+
+
+def rms_norm(x: Array, w: Array, eps: float) -> Array:
+    """x / sqrt(mean(x^2) + eps) * w over the last axis, in f64."""
+    wide = x.astype(np.float64)
+    normed: Array = wide / np.sqrt((wide * wide).mean(axis=-1, keepdims=True) + eps) * w
+    return normed
+
+
+def rope(x: Array, table: Array) -> Array:
+    """x [tokens, ..., n] with its adjacent pairs turned by table [tokens, n] = (cos, sin) pairs."""
+    wide = x.astype(np.float64)
+    shape = (len(x), *(1,) * (x.ndim - 2), -1)
+    cos, sin = table[:, 0::2].reshape(shape), table[:, 1::2].reshape(shape)
+    even, odd = wide[..., 0::2], wide[..., 1::2]
+    turned = np.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1)
+    return turned.reshape(x.shape)
+
+
+def rope_table(n_tokens: int, n_rope: int, seed: int = 0) -> Array:
+    """f32 [tokens, n_rope] of random angles, (cos, sin) per pair."""
+    angles = np.random.default_rng(seed).uniform(0, 6.28, (n_tokens, n_rope // 2))
+    table = np.stack([np.cos(angles), np.sin(angles)], axis=-1)
+    return table.reshape(n_tokens, n_rope).astype(np.float32)
+
+
+def silu(x: Array) -> Array:
+    """x / (1 + e^-x) in f64."""
+    wide = x.astype(np.float64)
+    with np.errstate(over="ignore"):
+        result: Array = wide / (1 + np.exp(-wide))
+    return result
