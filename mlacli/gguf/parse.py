@@ -27,7 +27,7 @@ from mlacli.gguf.metadata import (
     Metadata,
     Scalar,
 )
-from mlacli.gguf.problem import model_error
+from mlacli.gguf.problem import model_error, printable
 
 MAX_KEYS = 65_536
 MAX_TENSORS = 65_536
@@ -113,7 +113,8 @@ def parse_header(path: Path, buffer: memoryview, file_index: int = 0) -> Header:
     data_start = -(-cursor.at // alignment) * alignment
     tensors, data_end = _place(cursor, declared, data_start)
     trailing = len(buffer) - -(-data_end // alignment) * alignment
-    notes = (f"{path}: {trailing} bytes after the last tensor",) if trailing > 0 else ()
+    note = f"{printable(str(path), 80)}: {trailing} bytes after the last tensor"
+    notes = (note,) if trailing > 0 else ()
     return Header(version, metadata, tensors, data_start, notes)
 
 

@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mlacli.gguf.metadata import Metadata
-from mlacli.gguf.problem import model_error
+from mlacli.gguf.problem import model_error, printable
 from mlacli.gguf.reader import GGUFFile
 from mlacli.model.keys import Keys
 
@@ -152,7 +152,7 @@ def read_config(file: GGUFFile) -> ModelConfig:
     n_nope, n_rope, n_v, kv_lora_rank = _head_sizes(keys)
     return ModelConfig(
         arch=arch,
-        name=file.metadata.text("general.name", file.path.stem),
+        name=printable(file.metadata.text("general.name", file.path.stem), 96),
         file_type=_file_type(file),
         n_layer=n_layer,
         n_ctx_train=keys.integer("context_length", 1, MAX_CONTEXT),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -193,6 +195,24 @@ def test_file_types_have_names(tiny_model: TinyModel, tmp_path: Path) -> None:
     for number, name in [(7, "Q8_0"), (15, "Q4_K_M"), (9999, "type 9999")]:
         path = edited(tiny_model, tmp_path, {"general.file_type": number})
         assert load(path)[1].file_type == name
+
+
+def test_name_of_a_model_cannot_steer_the_terminal(tiny_model: TinyModel, tmp_path: Path) -> None:
+    path = edited(tiny_model, tmp_path, {"general.name": "a\x1b[2J"})
+    assert load(path)[1].name == r"a\x1b[2J"
+
+
+def test_opening_a_model_does_not_import_the_gguf_package(tiny_model: TinyModel) -> None:
+    program = (
+        "import sys, pathlib; from mlacli.gguf.reader import open_gguf;"
+        "from mlacli.model.config import read_config;"
+        "read_config(open_gguf(pathlib.Path(sys.argv[1])));"
+        "print([m for m in ('gguf', 'llvmlite', 'tokenizers') if m in sys.modules])"
+    )
+    command = [sys.executable, "-c", program, str(tiny_model(sparse=True))]
+    root = Path(__file__).parents[2]
+    result = subprocess.run(command, capture_output=True, text=True, check=True, cwd=root)
+    assert result.stdout == "[]\n"
 
 
 def test_dense_model_without_experts(tiny_model: TinyModel, tmp_path: Path) -> None:
