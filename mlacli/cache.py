@@ -1,0 +1,132 @@
+"""The cache: one block of memory per layer and kind, and who owns which row (cell).
+
+It is given plain numbers, not the model's config. A cell holds one token of one sequence, known
+by (position, sequence id); -1 marks an empty cell. Rows are written by kernels; here is only where.
+
+    kind   row of a cell                                   used by
+    c      [c_kv | k_pe] in type_k                         -mla 1, 2, 3
+    kv_t   c_kv transposed, f16: (kv_lora, n_ctx)          -mla 1 without flash attention
+    k, v   H heads of [k_nope | k_pe], H heads of v        -mla 0
+    v_t    v transposed, f16: (H * v, n_ctx)               -mla 0 without flash attention
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from codegen.formats import F16, BlockFormat
+from mlacli.errors import SpaceError
+
+EMPTY = -1
+MIB = 2**20
+
+
+@dataclass(frozen=True)
+class CacheLayout:
+    """Sizes of a cache, without the memory."""
+
+    n_layer: int
+    n_ctx: int
+    n_head: int
+    kv_lora_rank: int
+    n_rope: int
+    n_nope: int
+    n_v: int
+    fmt_k: BlockFormat
+    fmt_v: BlockFormat
+    latent: bool
+    transposed: bool  # without flash attention: v_t for -mla 0, kv_t for -mla 1
+
+    def bytes_per_layer(self) -> dict[str, int]:
+        """Kind -> bytes of one layer."""
+        if self.latent:
+            row = self.fmt_k.row_bytes(self.kv_lora_rank + self.n_rope)
+            kinds = {"c": row * self.n_ctx}
+            if self.transposed:
+                kinds["kv_t"] = F16.row_bytes(self.kv_lora_rank) * self.n_ctx
+            return kinds
+        k_row = self.n_head * self.fmt_k.row_bytes(self.n_nope + self.n_rope)
+        if self.transposed:
+            v_kind, v_row = "v_t", F16.row_bytes(self.n_head * self.n_v)
+        else:
+            v_kind, v_row = "v", self.n_head * self.fmt_v.row_bytes(self.n_v)
+        return {"k": k_row * self.n_ctx, v_kind: v_row * self.n_ctx}
+
+    def nbytes(self) -> dict[str, int]:
+        """Kind -> bytes of all layers."""
+        return {kind: n * self.n_layer for kind, n in self.bytes_per_layer().items()}
+
+    @property
+    def bytes_per_token(self) -> int:
+        return sum(self.nbytes().values()) // self.n_ctx
+
+
+class Cache:
+    """The memory of a `CacheLayout` and its cells. Raises SpaceError when it cannot be had."""
+
+    def __init__(self, layout: CacheLayout) -> None:
+        self.layout = layout
+        self.pos = np.full(layout.n_ctx, EMPTY, np.int32)
+        self.seq = np.full(layout.n_ctx, EMPTY, np.int32)
+        self._memory: dict[str, npt.NDArray[np.uint8]] = {}
+        for kind, n in layout.bytes_per_layer().items():
+            try:
+                self._memory[kind] = _aligned_zeros(layout.n_layer, n)
+            except (MemoryError, ValueError) as problem:
+                need = sum(layout.nbytes().values()) / MIB
+                raise SpaceError(
+                    f"-c {layout.n_ctx}: the cache needs {need:.2f} MiB, more than there is"
+                ) from problem
+
+    def address(self, kind: str, layer: int) -> int:
+        return int(self._memory[kind][layer].ctypes.data)
+
+    @property
+    def n_used(self) -> int:
+        return int(np.count_nonzero(self.seq != EMPTY))
+
+    @property
+    def n_rows(self) -> int:
+        """Rows that attention must look at: one more than the highest cell in use."""
+        used = np.flatnonzero(self.seq != EMPTY)
+        return int(used[-1]) + 1 if len(used) else 0
+
+    def allocate(
+        self, positions: Sequence[int], sequences: Sequence[int]
+    ) -> npt.NDArray[np.int32]:
+        """Take cells for new tokens, lowest first. Raises SpaceError when the context is full."""
+        free = np.flatnonzero(self.seq == EMPTY)[: len(positions)]
+        if len(free) < len(positions):
+            raise SpaceError(
+                f"the context is full: {self.n_used} of {self.layout.n_ctx} cells are in use, "
+                f"{len(positions)} more are needed (-c)"
+            )
+        self.pos[free] = positions
+        self.seq[free] = sequences
+        return free.astype(np.int32)
+
+    def release(self, cells: npt.NDArray[np.integer[Any]]) -> None:
+        """Give cells back as if they had never been taken."""
+        self.seq[cells] = EMPTY
+        self.pos[cells] = EMPTY
+
+    def truncate(self, sequence: int, position: int) -> None:
+        """Forget the tokens of a sequence from `position` on."""
+        self.release(np.flatnonzero((self.seq == sequence) & (self.pos >= position)))
+
+    def clear(self) -> None:
+        self.seq[:] = EMPTY
+        self.pos[:] = EMPTY
+
+
+def _aligned_zeros(n_layer: int, n: int) -> npt.NDArray[np.uint8]:
+    """Rows of untouched zero pages, each starting on a cache line."""
+    pitch = -(-n // 64) * 64
+    raw = np.zeros(n_layer * pitch + 64, np.uint8)
+    skip = -raw.ctypes.data % 64
+    return raw[skip : skip + n_layer * pitch].reshape(n_layer, pitch)

@@ -1,0 +1,208 @@
+"""The engine: a model, its memory and its programs; tokens in, logits out.
+
+`step` evaluates one batch: one native call, whatever the model. Nothing else runs Python per token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from codegen.jit import Jit
+from codegen.pool import Pool
+from mlacli.cache import Cache
+from mlacli.context import ContextPlan, plan_context
+from mlacli.errors import SpaceError, UsageError
+from mlacli.gguf.reader import GGUFFile, open_gguf
+from mlacli.graph.node import Dim, Node
+from mlacli.graph.program import Memory, Program
+from mlacli.model.choose import FEW_TOKENS, MachineProfile, chooser
+from mlacli.model.config import ModelConfig, read_config
+from mlacli.model.inventory import check_tensors
+from mlacli.model.weights import Weights
+from mlacli.settings import RunSettings
+
+Logits = npt.NDArray[np.float32]
+
+
+class Cancelled(Exception):
+    """The step was ended by `Engine.cancel`; its tokens are not in the cache."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """An open, checked model file. `notes` are oddities that do no harm."""
+
+    file: GGUFFile
+    config: ModelConfig
+    weights: Weights
+    notes: tuple[str, ...]
+
+
+def load_model(path: Path) -> Model:
+    """Open a file and check all of it but the numbers. Raises ModelError."""
+    file = open_gguf(path)
+    config = read_config(file)
+    notes = (*file.notes, *check_tensors(file, config))
+    return Model(file, config, Weights(file, config), notes)
+
+
+class Engine:
+    """A context over a model. One step at a time; `cancel` may come from any thread."""
+
+    def __init__(
+        self,
+        model: Model,
+        settings: RunSettings,
+        jit: Jit,
+        profile: MachineProfile,
+        *,
+        n_ctx: int,
+        n_out_max: int = 1,
+        pool: Pool | None = None,
+        keep: tuple[str, ...] = (),
+    ) -> None:
+        self.model, self.settings = model, settings
+        self.plan = plan_context(
+            model.config,
+            model.weights,
+            settings,
+            jit.target,
+            n_ctx=n_ctx,
+            n_out_max=n_out_max,
+            keep=keep,
+        )
+        self.chooser = chooser(settings, model.config, profile)
+        self.n_ctx = self.plan.n_ctx
+        self.cache = Cache(self.plan.layout)
+        self.pool = pool or Pool(jit, max(settings.n_threads, settings.n_threads_batch))
+        self._jit = jit
+        self._arena = _memory(self.plan.arena_bytes, "the compute buffer")
+        self._output = _memory(self.plan.output_bytes, "the output buffer")
+        self._inputs = _inputs(self.plan, model.config.n_rope, self.cache)
+        self._dims = np.zeros(len(Dim), np.int64)
+        self._frequencies = model.config.rope_frequencies()
+        self._programs: dict[str, Program] = {}
+
+    # -- evaluation ---------------------------------------------------------------------------
+
+    def eval(
+        self,
+        tokens: Sequence[int],
+        positions: Sequence[int],
+        sequences: Sequence[int] | None = None,
+        *,
+        wanted: Sequence[int] | None = None,
+    ) -> Logits:
+        """Evaluate tokens in micro-batches; logits of the `wanted` ones (default: the last).
+
+        Raises SpaceError when the context is full, Cancelled after `cancel`.
+        """
+        wanted = [len(tokens) - 1] if wanted is None else list(wanted)
+        sequences = [0] * len(tokens) if sequences is None else sequences
+        rows = []
+        n_ubatch = self.plan.n_tokens_max
+        for start in range(0, len(tokens), n_ubatch):
+            stop = min(start + n_ubatch, len(tokens))
+            part = [w - start for w in wanted if start <= w < stop]
+            logits = self.step(tokens[start:stop], positions[start:stop], sequences[start:stop], part)
+            if part:
+                rows.append(logits.copy() if len(tokens) > n_ubatch else logits)
+        return rows[0] if len(rows) == 1 else np.concatenate(rows)
+
+    def step(
+        self,
+        tokens: Sequence[int],
+        positions: Sequence[int],
+        sequences: Sequence[int],
+        wanted: Sequence[int],
+    ) -> Logits:
+        """One micro-batch; returns a view of the output buffer, one row per wanted token."""
+        n, limit = len(tokens), self.plan.n_out_max
+        if len(wanted) > limit:
+            raise UsageError(f"logits of {len(wanted)} tokens wanted, at most {limit} planned")
+        program = self.program(self.graph_name(n))
+        cells = self.cache.allocate(positions, sequences)
+        self._fill(tokens, positions, sequences, cells, wanted)
+        threads = self.settings.n_threads if n <= FEW_TOKENS else self.settings.n_threads_batch
+        if not program.run(self.pool, threads):
+            self.cache.release(cells)
+            raise Cancelled
+        vocab = self.model.config.n_vocab
+        return self._output[: 4 * len(wanted) * vocab].view(np.float32).reshape(-1, vocab)
+
+    def graph_name(self, n_tokens: int) -> str:
+        """Which of the context's graphs evaluates a batch of this size."""
+        return "few" if n_tokens <= FEW_TOKENS else self.chooser.path(n_tokens)
+
+    def _fill(
+        self,
+        tokens: Sequence[int],
+        positions: Sequence[int],
+        sequences: Sequence[int],
+        cells: npt.NDArray[np.int32],
+        wanted: Sequence[int],
+    ) -> None:
+        n, inputs = len(tokens), self._inputs
+        inputs["tokens"][:n] = tokens
+        inputs["pos"][:n] = positions
+        inputs["seq"][:n] = sequences
+        inputs["cells"][:n] = cells
+        inputs["out_rows"][: len(wanted)] = wanted
+        angles = np.outer(np.asarray(positions, np.float64), self._frequencies)
+        rope = inputs["rope"][:n]
+        rope[:, 0::2], rope[:, 1::2] = np.cos(angles), np.sin(angles)
+        for i, dim in enumerate(Dim):
+            sizes = {Dim.N_TOKENS: n, Dim.N_KV: self.cache.n_rows, Dim.N_OUT: len(wanted)}
+            self._dims[i] = sizes[dim]
+
+    def cancel(self) -> None:
+        self.pool.cancel()
+
+    # -- programs -----------------------------------------------------------------------------
+
+    def program(self, name: str) -> Program:
+        """One of the context's programs, compiled on first use."""
+        if name not in self._programs:
+            planned = self.plan.graphs[name]
+            dims = {d: self._dims.ctypes.data + 8 * i for i, d in enumerate(Dim)}
+            memory = Memory(self._arena.ctypes.data, self._outside, dims)
+            self._programs[name] = Program(
+                planned.graph, planned.plan, planned.lower, memory, self._jit
+            )
+        return self._programs[name]
+
+    def _outside(self, node: Node) -> int:
+        """Address of what lies outside the arena."""
+        if node.op == "weight":
+            return self.model.weights.address(node.attrs["matrix"])
+        if node.op == "cache":
+            kind, layer = node.name.removeprefix("cache_").rsplit("-", 1)
+            return self.cache.address(kind, int(layer))
+        if node.op == "input":
+            return int(self._inputs[node.name].ctypes.data)
+        return int(self._output.ctypes.data)
+
+
+def _inputs(plan: ContextPlan, n_rope: int, cache: Cache) -> dict[str, npt.NDArray[np.generic]]:
+    n = plan.n_tokens_max
+    named: dict[str, npt.NDArray[np.generic]] = {
+        name: np.zeros(n, np.int32) for name in ("tokens", "pos", "seq", "cells", "out_rows")
+    }
+    named["rope"] = np.zeros((n, n_rope), np.float32)
+    named["cell_pos"], named["cell_seq"] = cache.pos, cache.seq
+    return named
+
+
+def _memory(n: int, what: str) -> npt.NDArray[np.uint8]:
+    """n untouched bytes on a cache line. Raises SpaceError."""
+    try:
+        raw = np.empty(n + 64, np.uint8)
+    except MemoryError as problem:
+        raise SpaceError(f"{what} needs {n / 2**20:.2f} MiB, more than there is") from problem
+    skip = -raw.ctypes.data % 64
+    return raw[skip : skip + n]

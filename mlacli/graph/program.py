@@ -1,0 +1,141 @@
+"""A graph made runnable: its launch table with every address filled in.
+
+One forward pass is one call: `run` zeroes the tile counters and hands the table to the pool.
+Barriers stand only where a launch touches memory that an earlier one, since the last barrier, wrote
+(or writes what one read).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from codegen import job as job_layout
+from codegen.jit import Jit
+from codegen.pool import LAUNCH_WORDS, Pool, aligned_words
+from mlacli.graph.lower import At, Launch, Lower, Operand, Scratch, lower_graph, scratch_bytes
+from mlacli.graph.node import Dim, Graph, Node
+from mlacli.graph.plan import Plan
+
+Span = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Where things lie: the arena, everything outside it, and the words of the run-time sizes."""
+
+    arena: int
+    outside: Callable[[Node], int]  # address of a leaf or an output
+    dims: Mapping[Dim, int]
+
+
+class Program:
+    """Ready to run any number of times; the memory it points to must stay where it is."""
+
+    def __init__(
+        self, graph: Graph, plan: Plan, lower: Lower, memory: Memory, jit: Jit
+    ) -> None:
+        self._plan, self._memory, self._bounds = plan, memory, lower.bounds
+        launches = lower_graph(lower, graph.nodes)
+        kernels = [jit.load(launch.spec) for launch in launches]
+        slots = [len(launch.operands) + 1 for launch in launches]
+        self._args = aligned_words(sum(slots))
+        self._counters = aligned_words(
+            job_layout.LINE_WORDS * max(1, sum(n for _, n in kernels))
+        )
+        self.table = np.zeros((len(launches), LAUNCH_WORDS), np.int64)
+        waits = _barriers(launches, lambda operand: self._span(lower, operand))
+        at = counter = 0
+        for i, (launch, (address, n_counters)) in enumerate(zip(launches, kernels, strict=True)):
+            words = [self._address(operand) for operand in launch.operands]
+            words.append(self._counters.ctypes.data + 8 * job_layout.LINE_WORDS * counter)
+            self._args[at : at + len(words)] = words
+            self.table[i] = (address, self._args.ctypes.data + 8 * at, waits[i])
+            at, counter = at + len(words), counter + n_counters
+
+    @property
+    def n_barriers(self) -> int:
+        return int(self.table[:, 2].sum())
+
+    def run(self, pool: Pool, n_threads: int) -> bool:
+        """One pass; False when it was cancelled."""
+        self._counters[:] = 0
+        return pool.run(self.table, n_threads)
+
+    def address(self, node: Node) -> int:
+        """Where a node's memory is."""
+        owner = node.storage
+        if owner.index in self._plan.offsets:
+            return self._memory.arena + self._plan.offsets[owner.index]
+        return self._memory.outside(owner)
+
+    def _address(self, operand: Operand) -> int:
+        match operand:
+            case At(node, offset):
+                return self.address(node) + offset
+            case Scratch(node, offset):
+                return self._memory.arena + self._plan.scratch[node.index] + offset
+            case Dim():
+                return self._memory.dims[operand]
+        return operand
+
+    def _span(self, lower: Lower, operand: Operand) -> Span | None:
+        """The arena or cache bytes behind an operand; None for what no kernel writes."""
+        if isinstance(operand, Scratch):
+            start = self._address(Scratch(operand.node))
+            return start, start + scratch_bytes(lower, operand.node)
+        if not isinstance(operand, At) or operand.node.op in ("weight", "input"):
+            return None
+        owner = operand.node.storage
+        start = self.address(owner)
+        return start, start + (1 if owner.op == "cache" else owner.nbytes(self._bounds))
+
+
+def _barriers(launches: list[Launch], span: Callable[[Operand], Span | None]) -> list[int]:
+    """1 where a launch must wait for the ones before it.
+
+    An op's own node and scratch count as written, its other operands as read; launches of the same
+    op write different parts of the same memory and only wait when they say so.
+    """
+    waits: list[int] = []
+    written: list[tuple[Node, Span]] = []
+    read: list[tuple[Node, Span]] = []
+    for launch in launches:
+        writes, reads = _touched(launch, span)
+        clash = any(
+            other is not launch.node and _overlap(a, b)
+            for other, a in written
+            for b in writes + reads
+        ) or any(
+            other is not launch.node and _overlap(a, b) for other, a in read for b in writes
+        )
+        if clash or launch.after_previous:
+            written, read = [], []
+        waits.append(int(clash or launch.after_previous))
+        written += [(launch.node, s) for s in writes]
+        read += [(launch.node, s) for s in reads]
+    return waits
+
+
+def _touched(
+    launch: Launch, span: Callable[[Operand], Span | None]
+) -> tuple[list[Span], list[Span]]:
+    writes, reads = [], []
+    for operand in launch.operands:
+        where = span(operand)
+        if where is None:
+            continue
+        own = isinstance(operand, Scratch) or (
+            isinstance(operand, At)
+            and (operand.node.storage is launch.node.storage or operand.node.op == "cache")
+        )
+        (writes if own else reads).append(where)
+    return writes, reads
+
+
+def _overlap(a: Span, b: Span) -> bool:
+    return a[0] < b[1] and b[0] < a[1]
+
+

@@ -1,0 +1,106 @@
+"""This machine: its compiler, its peaks measured by generated kernels, and what is kept of them.
+
+`Peaks` are the limits that `bench --roof` compares with; `MachineProfile` feeds -mla 3's cost model
+and is measured once, then kept beside the object cache.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from codegen.cache_dir import ObjectCache
+from codegen.call import Call, aligned_bytes
+from codegen.jit import Jit, host_target, version
+from codegen.kernels import roof
+from codegen.pool import Pool
+from mlacli.debug import ENV
+from mlacli.errors import UsageError
+from mlacli.model.choose import MachineProfile
+
+_ROUNDS = 100_000
+_READ_BYTES = 256 << 20
+# What the attention and matrix kernels reach of the peaks (scripts/kernel_bench.py measures it).
+ATTENTION_SHARE, EXPANSION_SHARE = 0.6, 0.5
+
+
+@dataclass(frozen=True)
+class Peaks:
+    """Multiply-adds per second of each kind, and bytes read per second, on `n_threads` threads."""
+
+    n_threads: int
+    int8: float
+    bf16: float
+    f32: float
+    bandwidth: float
+
+
+def make_jit() -> Jit:
+    """The compiler for this CPU (or MLACLI_TARGET) with the object cache. Raises UsageError."""
+    try:
+        target = host_target(ENV.target)
+    except ValueError as problem:
+        raise UsageError(f"MLACLI_TARGET: {problem}") from problem
+    folder = ENV.cache_dir
+    return Jit(target, ObjectCache(folder / "objects") if folder else None)
+
+
+def measure_peaks(jit: Jit, pool: Pool, n_threads: int, *, read_bytes: int = _READ_BYTES) -> Peaks:
+    """The best of a few short runs of every roof kernel."""
+    target = jit.target
+    out, seed = aligned_bytes(64 * n_threads).view(np.float32), aligned_bytes(256)
+    rates = {}
+    for what in roof.OPERATIONS:
+        call = Call(jit, roof.peak(what=what), [out, seed, _ROUNDS])
+        per_round = roof.multiply_adds(what, target.lanes, target.registers)
+        seconds = best_of(lambda call=call: call.run(pool, n_threads), 3)
+        rates[what] = n_threads * _ROUNDS * per_round / seconds
+    data = np.ones(read_bytes // 4, np.uint32)
+    read = Call(jit, roof.read_memory(), [out, data, data.nbytes])
+    seconds = best_of(lambda: read.run(pool, n_threads), 3)
+    return Peaks(n_threads, rates["int8"], rates["bf16"], rates["f32"], data.nbytes / seconds)
+
+
+def best_of(run: Callable[[], None], times: int) -> float:
+    """Shortest of several runs, in seconds."""
+    seconds = []
+    for _ in range(times):
+        start = time.perf_counter()
+        run()
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)
+
+
+def machine_profile(jit: Jit, pool: Pool, n_threads: int) -> MachineProfile:
+    """The kept profile of this machine, target and thread count; measured when there is none."""
+    folder = ENV.cache_dir
+    parts = "\0".join((repr(jit.target), version(), str(n_threads)))
+    digest = hashlib.sha256(parts.encode()).hexdigest()[:16]
+    path = folder / f"machine-{digest}.json" if folder else None
+    if path is not None:
+        with contextlib.suppress(OSError, ValueError, TypeError):
+            return MachineProfile(**json.loads(path.read_text()))
+    peaks = measure_peaks(jit, pool, n_threads, read_bytes=1 << 20)
+    profile = MachineProfile(ATTENTION_SHARE * peaks.f32, EXPANSION_SHARE * peaks.int8)
+    if path is not None:
+        with contextlib.suppress(OSError):
+            _write(path, json.dumps(asdict(profile)))
+    return profile
+
+
+def _write(path: Path, text: str) -> None:
+    """Replace a file as a whole."""
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent)
+    with os.fdopen(handle, "w") as stream:
+        stream.write(text)
+    os.replace(temporary, path)

@@ -1,0 +1,71 @@
+"""Feed-forward layers: dense, and mixture of experts (DeepSeekMoE, arXiv 2401.06066).
+
+    dense  x + W_down (silu(W_gate h) * (W_up h)),  h = norm(x)
+    MoE    x + shared expert(h) + sum over the chosen experts of weight_e * expert_e(h)
+"""
+
+from __future__ import annotations
+
+from mlacli.graph.node import Node
+from mlacli.model.layers import Builder, linear, rms_norm
+
+
+def feed_forward(b: Builder, layer: int, x: Node) -> Node:
+    """The layer's second half."""
+    h = rms_norm(b, x, f"blk.{layer}.ffn_norm.weight", f"ffn_norm-{layer}")
+    if layer < b.config.n_layer_dense:
+        return dense(b, layer, h, x, "")
+    if b.config.n_expert_shared:
+        x = dense(b, layer, h, x, "_shexp")
+    return experts(b, layer, h, x)
+
+
+def dense(b: Builder, layer: int, h: Node, x: Node, suffix: str) -> Node:
+    """One expert that every token visits."""
+    blk = f"blk.{layer}.ffn_"
+    gate, up = b.tensor(f"{blk}gate{suffix}.weight"), b.tensor(f"{blk}up{suffix}.weight")
+    shape = (h.shape[0], gate.shape[1])
+    act = b.activations(h, gate)
+    name = f"ffn_act{suffix}-{layer}"
+    hidden = b.graph.add("up_gate", "f32", shape, gate, up, act, name=name)
+    return linear(
+        b, hidden, f"{blk}down{suffix}.weight", f"ffn_out{suffix}-{layer}", residual=x
+    )
+
+
+def experts(b: Builder, layer: int, h: Node, x: Node) -> Node:
+    """Route, group the tokens by expert, run the experts, add their weighted outputs to x."""
+    c, g, blk = b.config, b.graph, f"blk.{layer}."
+    logits = linear(b, h, blk + "ffn_gate_inp.weight", f"ffn_moe_logits-{layer}")
+    bias = blk + "exp_probs_b.bias"
+    inputs = [logits] + ([b.tensor(bias)] if b.weights.has(bias) else [])
+    slots = (h.shape[0], c.n_expert_used)
+    routing = g.add("route", "routing", slots, *inputs, name=f"ffn_moe_topk-{layer}")
+    gate, up, down = (b.tensor(f"{blk}ffn_{part}_exps.weight") for part in ("gate", "up", "down"))
+    act, tables = b.activations(h, gate), (routing,)
+    if not b.options.few:
+        groups = g.add(
+            "group_tokens", "groups", slots, routing,
+            name=f"ffn_moe_groups-{layer}", n_expert=c.n_expert,
+        )  # fmt: skip
+        name = f"ffn_moe_rows-{layer}"
+        act = g.add("gather_rows", act.dtype, (*slots, c.n_embd), act, groups, name=name)
+        tables = (groups, routing)
+    shape = (*slots, gate.shape[1])
+    if b.options.fmoe:
+        name = f"ffn_moe_act-{layer}"
+        hidden = g.add("moe_up_gate", "f32", shape, gate, up, act, tables[0], name=name)
+        hidden = b.activations(hidden, down)
+        name, inplace = f"ffn_moe_out-{layer}", 2 + len(tables)
+        return g.add(
+            "moe_down", "f32", x.shape, down, hidden, *tables, x, name=name, inplace=inplace
+        )
+    gated = g.add("moe_matmul", "f32", shape, gate, act, tables[0], name=f"ffn_moe_gate-{layer}")
+    raised = g.add("moe_matmul", "f32", shape, up, act, tables[0], name=f"ffn_moe_up-{layer}")
+    name = f"ffn_moe_silu-{layer}"
+    hidden = g.add("silu_mul", "f32", shape, gated, raised, name=name, inplace=0)
+    hidden = b.activations(hidden, down)
+    wide, name = (*slots, c.n_embd), f"ffn_moe_down-{layer}"
+    z = g.add("moe_matmul", "f32", wide, down, hidden, tables[0], name=name)
+    name, inplace = f"ffn_moe_out-{layer}", 1 + len(tables)
+    return g.add("moe_sum", "f32", x.shape, z, *tables, x, name=name, inplace=inplace)
