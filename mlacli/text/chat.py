@@ -198,17 +198,28 @@ def _guard(value: Any, control_texts: Sequence[str], cut: str) -> Any:
     for text in control_texts:
         while text in value:  # again, as occurrences may overlap
             value = value.replace(text, text[0] + cut + text[1:])
-    if _begins_control(value.rstrip(), control_texts):
-        value = value.rstrip() + cut + value[len(value.rstrip()) :]
-    return value
+    core = value.strip()
+    start = value.index(core)
+    before, after = value[:start], value[start + len(core) :]
+    head = cut if _ends_control(core, control_texts) else ""
+    tail = cut if _begins_control(core, control_texts) else ""
+    return before + head + core + tail + after
 
 
 def _begins_control(text: str, control_texts: Sequence[str]) -> bool:
-    """Whether the end of `text` is the beginning of a control token: the template might add on."""
+    """Whether `text` ends as a control token begins: what follows might complete it."""
     first = {control[0] for control in control_texts}
     tail = text[-max(map(len, control_texts), default=1) :]
     starts = [tail[i:] for i, char in enumerate(tail) if char in first]
     return any(control.startswith(start) for start in starts for control in control_texts)
+
+
+def _ends_control(text: str, control_texts: Sequence[str]) -> bool:
+    """Whether `text` begins as a control token ends: what precedes might be the rest of it."""
+    last = {control[-1] for control in control_texts}
+    head = text[: max(map(len, control_texts), default=0)]
+    ends = [head[: i + 1] for i, char in enumerate(head) if char in last]
+    return any(control.endswith(end) for end in ends for control in control_texts)
 
 
 def _notes(messages: Sequence[Mapping[str, Any]], prompt: str) -> tuple[str, ...]:
