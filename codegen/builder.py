@@ -136,6 +136,7 @@ class Kernel:
     def alloca(self, t: DType, count: int = 1) -> Any:
         with self.b.goto_entry_block():
             slot = self.b.alloca(ir_type(t), count)
+            slot.type = PTR  # llvmlite still makes typed pointers here
             slot.align = max(t.nbytes, 8)
             return slot
 

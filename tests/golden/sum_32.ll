@@ -29,7 +29,7 @@ tile:
   %".24" = and i1 %".19", %".23"
   br i1 %".24", label %"tile.body", label %"tile.done"
 tile.body:
-  store <4 x float> <float              0x0, float              0x0, float              0x0, float              0x0>, <4 x float>* %".26"
+  store <4 x float> <float              0x0, float              0x0, float              0x0, float              0x0>, ptr %".26"
   br label %"head"
 tile.done:
   ret void
@@ -42,13 +42,13 @@ body:
   %".33" = add i64 %".32", %".29"
   %".34" = getelementptr inbounds float, ptr %".10", i64 %".33"
   %".35" = load <4 x float>, ptr %".34", align 4
-  %".36" = load <4 x float>, <4 x float>* %".26"
+  %".36" = load <4 x float>, ptr %".26"
   %".37" = fadd contract <4 x float> %".36", %".35"
-  store <4 x float> %".37", <4 x float>* %".26"
+  store <4 x float> %".37", ptr %".26"
   %".39" = add i64 %".29", 4
   br label %"head"
 done:
-  %".41" = load <4 x float>, <4 x float>* %".26"
+  %".41" = load <4 x float>, ptr %".26"
   %".42" = shufflevector <4 x float> %".41", <4 x float> %".41", <2 x i32> <i32 0, i32 1>
   %".43" = shufflevector <4 x float> %".41", <4 x float> %".41", <2 x i32> <i32 2, i32 3>
   %".44" = fadd contract <2 x float> %".42", %".43"
