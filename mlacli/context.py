@@ -9,9 +9,10 @@ from dataclasses import dataclass
 
 from codegen.targets.base import Target
 from mlacli.cache import CacheLayout
-from mlacli.graph.lower import Lower, scratch_bytes, table
+from mlacli.graph.lower import Lower, scratch_bytes
 from mlacli.graph.matrix import Matrix
 from mlacli.graph.node import Bounds, Dim, Graph, Node
+from mlacli.graph.ops import KNOWN_OPS
 from mlacli.graph.plan import Plan, make_plan
 from mlacli.graph.verify import verify
 from mlacli.model.choose import FEW_TOKENS, options
@@ -130,7 +131,7 @@ def plan_context(
         graph = build_graph(
             config, weights, options(settings, path, n_ctx, few=few), n_tokens
         )
-        verify(graph, frozenset(table()))
+        verify(graph, KNOWN_OPS)
         threads = settings.n_threads if few else settings.n_threads_batch
         lower = Lower(target, bounds, threads, few)
         plan = _plan(graph, bounds, lower, keep)

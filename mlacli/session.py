@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import signal
+import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-import socket
-
+from codegen.jit import Jit
+from codegen.pool import Pool
 from mlacli.engine import Cancelled, Engine, Model, load_model
 from mlacli.errors import EXIT_SIGINT, EXIT_SIGTERM, UsageError
 from mlacli.machine import machine_profile, make_jit
@@ -59,6 +62,54 @@ def _line(what: str, seconds: float, n: int, unit: str) -> str:
     )
 
 
+@dataclass(frozen=True)
+class Answerer:
+    """Everything one answer needs, ready to generate."""
+
+    engine: Engine
+    tokenizer: Tokenizer
+    sampler: Sampler
+    request: Request
+    write: Callable[[str], None]
+    timings: Timings
+
+    def answer(self, tokens: Sequence[int]) -> None:
+        """Evaluate the prompt, then sample until an end token, -n, the context's end or Ctrl-C."""
+        timings, engine = self.timings, self.engine
+        for token in tokens:
+            self.sampler.accept(token)
+        start = time.perf_counter()
+        logits = engine.eval(tokens, range(len(tokens)))
+        timings.prompt, timings.n_prompt = time.perf_counter() - start, len(tokens)
+        decoder = StreamDecoder(self.tokenizer)
+        position = len(tokens)
+        limit = engine.n_ctx - position + 1
+        if self.request.n_predict >= 0:
+            limit = min(limit, self.request.n_predict)
+        for n in range(limit):
+            start = time.perf_counter()
+            token = self.sampler.sample(logits[-1])
+            self.sampler.accept(token)
+            timings.sample += time.perf_counter() - start
+            timings.n_sample += 1
+            if self.tokenizer.is_end_of_generation(token) and not self._goes_on:
+                break
+            self.write(decoder.feed(token))
+            if n + 1 == limit:
+                break
+            start = time.perf_counter()
+            logits = engine.eval([token], [position])
+            timings.generate += time.perf_counter() - start
+            timings.n_generate += 1
+            position += 1
+        self.write(decoder.flush())
+
+    @property
+    def _goes_on(self) -> bool:
+        """-n -2 fills the context whatever the model says."""
+        return self.request.n_predict == UNTIL_FULL
+
+
 def run_prompt(
     settings: RunSettings,
     request: Request,
@@ -70,47 +121,122 @@ def run_prompt(
     timings = Timings()
     model = load_model(settings.model)
     data = tokenizer_data(model.file.metadata, str(settings.model))
-    template = _template(model, request, data.chat_template)  # its process starts up meanwhile
+    tokenizer = Tokenizer(data, model.config.n_vocab)
+    template = _template(tokenizer, request)  # its process starts up meanwhile
     for line in model.notes:
         note(f"note: {line}")
-    tokenizer = Tokenizer(data, model.config.n_vocab)
-    tokens = _encode(tokenizer, template, request, note)
-    n_ctx = context_size(model.config, settings, note)
-    if len(tokens) >= n_ctx:
-        raise UsageError(
-            f"the prompt has {len(tokens)} tokens, the context -c {n_ctx} holds at most {n_ctx - 1}"
-        )
+    n_ctx = context_size(model.config, settings, note=note)
     jit = make_jit()
     engine = start_engine(model, settings, jit, n_ctx)
+    tokens = encode_prompt(tokenizer, template, request, note)
+    if len(tokens) >= engine.n_ctx:
+        raise UsageError(
+            f"the prompt has {len(tokens)} tokens, more than -c {engine.n_ctx} leaves room for "
+            f"(limit {engine.n_ctx - 1})"
+        )
     for line in buffer_lines(engine.plan, settings):
         note(line)
     if settings.verbose:
-        note(f"mla: {engine.chooser}")
-    engine.program(engine.graph_name(min(len(tokens), settings.n_ubatch)))
+        note(_path_line(engine))
     sampler = Sampler(request.sampling, model.config.n_vocab, tokenizer.end_ids)
     note(f"sampling seed: {sampler.seed}")
     note(
         f"generate: n_ctx = {engine.n_ctx}, n_batch = {settings.n_batch}, "
         f"n_predict = {request.n_predict}"
     )
+    engine.program(engine.graph_name(min(len(tokens), settings.n_ubatch)))
+    engine.program(engine.graph_name(1))
     timings.load = time.perf_counter() - timings.started
-    with stop_on_signals(engine) as stopped:
-        _generate(engine, tokenizer, sampler, request, tokens, timings, write)
+    answerer = Answerer(engine, tokenizer, sampler, request, write, timings)
+    with stop_on_signals(engine) as received:
+        with contextlib.suppress(Cancelled):
+            answerer.answer(tokens)
     write("\n")
     for line in timings.lines():
         note(line)
-    return {0: 0, signal.SIGINT: EXIT_SIGINT, signal.SIGTERM: EXIT_SIGTERM}[stopped()]
+    return _EXIT_OF_SIGNAL[received[0]] if received else 0
 
 
-def start_engine(model: Model, settings: RunSettings, jit: Jit, n_ctx: int) -> Engine:
+_EXIT_OF_SIGNAL = {signal.SIGINT: EXIT_SIGINT, signal.SIGTERM: EXIT_SIGTERM}
+
+
+def start_engine(
+    model: Model, settings: RunSettings, jit: Jit, n_ctx: int, *, n_out_max: int = 1
+) -> Engine:
     """An engine whose -mla 3 knows this machine."""
     pool = Pool(jit, max(settings.n_threads, settings.n_threads_batch))
     profile = machine_profile(jit, pool, settings.n_threads_batch)
-    return Engine(model, settings, jit, profile, n_ctx=n_ctx, pool=pool)
+    return Engine(
+        model, settings, jit, profile, n_ctx=n_ctx, n_out_max=n_out_max, pool=pool
+    )
 
 
-def _template(model: Model, request: Request, source: str | None) -> ChatTemplate | None:
+def encode_prompt(
+    tokenizer: Tokenizer,
+    template: ChatTemplate | None,
+    request: Request,
+    note: Callable[[str], None],
+) -> list[int]:
+    """The prompt's tokens: through the chat template, or as raw text after BOS."""
+    if template is None:
+        if not request.raw:
+            note("note: the file has no chat template: the prompt is continued as it stands")
+        return tokenizer.encode_prompt([Piece(request.prompt, special=request.raw)])
+    with template:
+        pieces = template.render([{"role": "user", "content": request.prompt}])
+        for line in template.notes:
+            note(f"note: {line}")
+    return tokenizer.encode_prompt(pieces)
+
+
+def _template(tokenizer: Tokenizer, request: Request) -> ChatTemplate | None:
+    source = tokenizer.data.chat_template
     if request.raw or not source:
         return None
-    del model
-    return ChatTemplate(source)
+    return ChatTemplate(
+        source, tokenizer.bos_text, tokenizer.eos_text, tokenizer.control_texts
+    )
+
+
+def _path_line(engine: Engine) -> str:
+    at = engine.chooser.crossover
+    return f"mla: mode {engine.chooser.mla}, prompt batches of {at} tokens and more are expanded"
+
+
+@contextmanager
+def stop_on_signals(engine: Engine) -> Iterator[list[int]]:
+    """Ctrl-C and SIGTERM end the step under way within a tile; yields what was received.
+
+    Python runs its handlers only between bytecodes, and a step is one native call: so the bytes
+    that its C handler writes to the wakeup socket are read by a thread, which sets the cancel word.
+    A second Ctrl-C leaves at once.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield []
+        return
+    received: list[int] = []
+    reader, writer = socket.socketpair()
+    writer.setblocking(False)
+
+    def watch() -> None:
+        while data := reader.recv(1):
+            if data[0] not in _EXIT_OF_SIGNAL:
+                continue
+            if received:
+                os._exit(EXIT_SIGINT)
+            received.append(signal.Signals(data[0]))
+            engine.cancel()
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    old = {number: signal.signal(number, lambda *_: None) for number in _EXIT_OF_SIGNAL}
+    old_fd = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+    watcher.start()
+    try:
+        yield received
+    finally:
+        signal.set_wakeup_fd(old_fd)
+        for number, handler in old.items():
+            signal.signal(number, handler)
+        writer.close()
+        watcher.join()
+        reader.close()

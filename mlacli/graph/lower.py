@@ -6,7 +6,7 @@ lowering serves planning (how much scratch?) and running.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from codegen.kernel import KernelSpec
@@ -86,17 +86,3 @@ def scratch_bytes(lower: Lower, node: Node) -> int:
     """Scratch of an op at the upper bounds, in bytes."""
     declared = SCRATCH.get(node.op)
     return declared(lower, node) if declared else 0
-
-
-def table() -> Mapping[str, LowerOp]:
-    """All ops, after the modules that register them are loaded."""
-    from mlacli.graph import lower_attention, lower_dense, lower_moe
-
-    del lower_attention, lower_dense, lower_moe  # imported for what they register
-    return OPS
-
-
-def lower_graph(lower: Lower, nodes: list[Node]) -> list[Launch]:
-    """All launches of a graph, in order."""
-    ops = table()
-    return [launch for node in nodes if not node.is_leaf for launch in ops[node.op](lower, node)]

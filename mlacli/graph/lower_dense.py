@@ -19,7 +19,7 @@ def panel_scratch(lower: Lower, matrix: Matrix) -> int:
     return -(-panel.panel_bytes(lower.target, matrix.fmt, matrix.n_cols) // 64) * 64
 
 
-def _matrix_scratch(lower: Lower, node: Node) -> int:
+def matrix_scratch(lower: Lower, node: Node) -> int:
     matrices = [n.attrs["matrix"] for n in node.inputs if n.op == "weight"]
     widest = max(panel_scratch(lower, m) for m in matrices)
     return 0 if lower.few else widest * lower.n_threads
@@ -67,7 +67,7 @@ def _quantize(lower: Lower, node: Node) -> list[Launch]:
     return [Launch(node, spec, (At(node), At(node.inputs[0]), lower.tokens(node)))]
 
 
-@lowers("matmul", scratch=_matrix_scratch)
+@lowers("matmul", scratch=matrix_scratch)
 def _matmul(lower: Lower, node: Node) -> list[Launch]:
     w, x, *rest = node.inputs
     matrix: Matrix = w.attrs["matrix"]
@@ -86,7 +86,7 @@ def _matmul(lower: Lower, node: Node) -> list[Launch]:
     return [multiply(lower, node, w, x, At(node), shape, residual)]
 
 
-@lowers("matmul_heads", scratch=_matrix_scratch)
+@lowers("matmul_heads", scratch=matrix_scratch)
 def _matmul_heads(lower: Lower, node: Node) -> list[Launch]:
     """y[t, h] = w[h] x[t, h] for all heads."""
     w, x = node.inputs
@@ -99,7 +99,7 @@ def _matmul_heads(lower: Lower, node: Node) -> list[Launch]:
     return [multiply(lower, node, w, x, At(node), shape, 0)]
 
 
-@lowers("up_gate", scratch=_matrix_scratch)
+@lowers("up_gate", scratch=matrix_scratch)
 def _up_gate(lower: Lower, node: Node) -> list[Launch]:
     """silu(gate x) * (up x)."""
     gate, up, x = node.inputs

@@ -15,8 +15,9 @@ import numpy as np
 from codegen import job as job_layout
 from codegen.jit import Jit
 from codegen.pool import LAUNCH_WORDS, Pool, aligned_words
-from mlacli.graph.lower import At, Launch, Lower, Operand, Scratch, lower_graph, scratch_bytes
+from mlacli.graph.lower import At, Launch, Lower, Operand, Scratch, scratch_bytes
 from mlacli.graph.node import Dim, Graph, Node
+from mlacli.graph.ops import lower_graph
 from mlacli.graph.plan import Plan
 
 Span = tuple[int, int]
@@ -38,7 +39,7 @@ class Program:
         self, graph: Graph, plan: Plan, lower: Lower, memory: Memory, jit: Jit
     ) -> None:
         self._plan, self._memory, self._bounds = plan, memory, lower.bounds
-        launches = lower_graph(lower, graph.nodes)
+        launches = lower_graph(lower, graph)
         kernels = [jit.load(launch.spec) for launch in launches]
         slots = [len(launch.operands) + 1 for launch in launches]
         self._args = aligned_words(sum(slots))

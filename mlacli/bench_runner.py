@@ -1,0 +1,135 @@
+"""Runs one bench case on the engine, the way llama-bench does: random tokens, no sampling timed."""
+
+from __future__ import annotations
+
+import math
+import resource
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+
+import numpy as np
+
+from codegen.jit import Jit
+from codegen.pool import Pool
+from mlacli.bench import BenchCase, BenchResult, ModelFacts
+from mlacli.engine import Engine, Model, load_model
+from mlacli.machine import Peaks, cpu_name, machine_profile, make_jit, measure_peaks
+from mlacli.roofline import row_seconds
+from mlacli.settings import RunSettings
+
+
+@dataclass
+class EngineRunner:
+    """A `Runner`. Consecutive cases with the same settings share an engine."""
+
+    repetitions: int
+    warmup: bool
+    roof: bool
+    verbose: bool = False
+    _jit: Jit | None = None
+    _pool: Pool | None = None
+    _engine: tuple[RunSettings, Engine] | None = None
+    _models: dict[str, Model] = field(default_factory=dict)
+
+    def __call__(self, case: BenchCase) -> BenchResult:
+        """Run a case. Raises MlaError."""
+        engine = self._engine_for(case.settings)
+        if self.warmup:
+            self._fill(engine, case)
+            self._once(engine, case)
+        before = self._peaks(case) if self.roof else None
+        samples, faults = [], 0
+        for _ in range(self.repetitions):
+            self._fill(engine, case)
+            faults -= _major_faults()
+            start = time.perf_counter_ns()
+            self._once(engine, case)
+            samples.append(time.perf_counter_ns() - start)
+            faults += _major_faults()
+        limit = self._limit(engine, case, before) if before else None
+        when = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+        model = engine.model
+        return BenchResult(facts(model), cpu_name(), when, tuple(samples), faults, limit)
+
+    def _once(self, engine: Engine, case: BenchCase) -> None:
+        """The timed part: the prompt, then one token after another."""
+        at = case.n_depth + case.n_fill
+        if case.n_prompt:
+            engine.eval(_tokens(engine, case.n_prompt), range(at, at + case.n_prompt))
+        for i in range(at + case.n_prompt, at + case.n_prompt + case.n_gen):
+            engine.eval(_tokens(engine, 1), [i])
+
+    def _fill(self, engine: Engine, case: BenchCase) -> None:
+        """Exactly n_depth + n_fill tokens in the cache, keeping what is already there."""
+        at = case.n_depth + case.n_fill
+        if engine.cache.n_used > at:
+            engine.cache.truncate(0, at)
+        have = engine.cache.n_used
+        if have < at:
+            engine.eval(_tokens(engine, at - have), range(have, at))
+
+    def _engine_for(self, settings: RunSettings) -> Engine:
+        if self._engine is not None and self._engine[0] == settings:
+            return self._engine[1]
+        self._engine = None  # its memory is free before the next one takes its own
+        self._jit = self._jit or make_jit()
+        n_threads = max(settings.n_threads, settings.n_threads_batch)
+        if self._pool is None or self._pool.n_threads < n_threads:
+            if self._pool is not None:
+                self._pool.close()
+            self._pool = Pool(self._jit, n_threads)
+        path = str(settings.model)
+        if path not in self._models:
+            self._models = {path: load_model(settings.model)}
+        profile = machine_profile(self._jit, self._pool, settings.n_threads_batch)
+        n_ctx = max(settings.n_ctx or 1, 1)
+        engine = Engine(
+            self._models[path], settings, self._jit, profile, n_ctx=n_ctx, pool=self._pool
+        )
+        self._engine = (settings, engine)
+        return engine
+
+    def _peaks(self, case: BenchCase) -> Peaks:
+        assert self._jit is not None and self._pool is not None
+        return measure_peaks(self._jit, self._pool, case.settings.n_threads)
+
+    def _limit(self, engine: Engine, case: BenchCase, before: Peaks) -> float:
+        """Tokens per second at the limit, with the mean of the peaks before and after."""
+        after = self._peaks(case)
+        both = [(getattr(before, f), getattr(after, f)) for f in ("int8", "bf16", "f32")]
+        means = [math.fsum(pair) / 2 for pair in both]
+        bandwidth = (before.bandwidth + after.bandwidth) / 2
+        seconds = row_seconds(
+            engine.model.config,
+            engine.model.weights,
+            engine.plan.layout,
+            case.settings,
+            Peaks(before.n_threads, *means, bandwidth),
+            n_prompt=case.n_prompt,
+            n_gen=case.n_gen,
+            n_depth=case.n_depth + case.n_fill,
+        )
+        return case.n_timed / seconds
+
+
+def _tokens(engine: Engine, n: int) -> Sequence[int]:
+    """Random ids, as llama-bench takes them."""
+    ids: list[int] = np.random.default_rng().integers(engine.model.config.n_vocab, size=n).tolist()
+    return ids
+
+
+def _major_faults() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_majflt
+
+
+def facts(model: Model) -> ModelFacts:
+    """llama-bench's description: architecture, size class and quantisation."""
+    tensors = model.file.tensors.values()
+    n_params = sum(math.prod(t.shape) for t in tensors)
+    size = sum(t.nbytes for t in tensors)
+    c = model.config
+    billions = n_params / 1e9
+    scale = f"{billions:.0f}B" if billions >= 1 else f"{n_params / 1e6:.0f}M"
+    return ModelFacts(f"{c.arch} {scale} {c.file_type}", size, n_params)

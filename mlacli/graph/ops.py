@@ -1,0 +1,16 @@
+"""Every op there is: importing this module registers their lowerings."""
+
+from __future__ import annotations
+
+from mlacli.graph import lower_attention, lower_dense, lower_moe
+from mlacli.graph.lower import OPS, Launch, Lower
+from mlacli.graph.node import Graph
+
+__all__ = ["KNOWN_OPS", "lower_attention", "lower_dense", "lower_graph", "lower_moe"]
+
+KNOWN_OPS = frozenset(OPS)
+
+
+def lower_graph(lower: Lower, graph: Graph) -> list[Launch]:
+    """All launches of a graph, in order."""
+    return [launch for node in graph.operations for launch in OPS[node.op](lower, node)]
