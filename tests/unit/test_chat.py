@@ -150,7 +150,7 @@ TRANSFORMS = {
     "json": "{{ m | tojson }}",
     "lines": "{% for line in m.content.splitlines() %}{{ line }}{% endfor %}",
     "twice": "{{ m.content }}{{ m.content }}",
-    "closed": "{{ m.content }}｜>",
+    "closed": "{{ m.content }}>",
 }
 
 
