@@ -8,6 +8,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from pathlib import Path
 
 import numpy as np
 
@@ -31,7 +32,7 @@ class EngineRunner:
     _jit: Jit | None = None
     _pool: Pool | None = None
     _engine: tuple[RunSettings, Engine] | None = None
-    _models: dict[str, Model] = field(default_factory=dict)
+    _models: dict[tuple[Path, bool, bool], Model] = field(default_factory=dict)
 
     def __call__(self, case: BenchCase) -> BenchResult:
         """Run a case. Raises MlaError."""
@@ -80,13 +81,15 @@ class EngineRunner:
             if self._pool is not None:
                 self._pool.close()
             self._pool = Pool(self._jit, n_threads)
-        path = str(settings.model)
-        if path not in self._models:
-            self._models = {path: load_model(settings.model)}
+        opened = (settings.model, settings.mmap, settings.thp)
+        if opened not in self._models:
+            self._models.clear()
+            model = load_model(settings.model, mmap=settings.mmap, huge=settings.thp)
+            self._models[opened] = model
         profile = machine_profile(self._jit, self._pool, settings.n_threads_batch)
         n_ctx = max(settings.n_ctx or 1, 1)
         engine = Engine(
-            self._models[path], settings, self._jit, profile, n_ctx=n_ctx, pool=self._pool
+            self._models[opened], settings, self._jit, profile, n_ctx=n_ctx, pool=self._pool
         )
         self._engine = (settings, engine)
         return engine

@@ -21,9 +21,10 @@ import numpy.typing as npt
 
 from codegen.formats import F16, BlockFormat
 from mlacli.errors import SpaceError
+from mlacli.memory import allocate
 
 EMPTY = -1
-MIB = 2**20
+LINE = 64
 
 
 @dataclass(frozen=True)
@@ -69,19 +70,16 @@ class CacheLayout:
 class Cache:
     """The memory of a `CacheLayout` and its cells. Raises SpaceError when it cannot be had."""
 
-    def __init__(self, layout: CacheLayout) -> None:
+    def __init__(self, layout: CacheLayout, *, huge: bool = False) -> None:
         self.layout = layout
         self.pos = np.full(layout.n_ctx, EMPTY, np.int32)
         self.seq = np.full(layout.n_ctx, EMPTY, np.int32)
         self._memory: dict[str, npt.NDArray[np.uint8]] = {}
         for kind, n in layout.bytes_per_layer().items():
-            try:
-                self._memory[kind] = _aligned_zeros(layout.n_layer, n)
-            except (MemoryError, ValueError) as problem:
-                need = sum(layout.nbytes().values()) / MIB
-                raise SpaceError(
-                    f"-c {layout.n_ctx}: the cache needs {need:.2f} MiB, more than there is"
-                ) from problem
+            pitch = -(-n // LINE) * LINE
+            what = f"-c {layout.n_ctx}: the cache"
+            block = allocate(layout.n_layer * pitch, what, huge=huge)
+            self._memory[kind] = block.reshape(layout.n_layer, pitch)
 
     def address(self, kind: str, layer: int) -> int:
         return int(self._memory[kind][layer].ctypes.data)
@@ -123,10 +121,3 @@ class Cache:
         self.seq[:] = EMPTY
         self.pos[:] = EMPTY
 
-
-def _aligned_zeros(n_layer: int, n: int) -> npt.NDArray[np.uint8]:
-    """Rows of untouched zero pages, each starting on a cache line."""
-    pitch = -(-n // 64) * 64
-    raw = np.zeros(n_layer * pitch + 64, np.uint8)
-    skip = -raw.ctypes.data % 64
-    return raw[skip : skip + n_layer * pitch].reshape(n_layer, pitch)

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -16,10 +16,11 @@ from codegen.jit import Jit
 from codegen.pool import Pool
 from mlacli.cache import Cache
 from mlacli.context import ContextPlan, plan_context
-from mlacli.errors import SpaceError, UsageError
+from mlacli.errors import UsageError
 from mlacli.gguf.reader import GGUFFile, open_gguf
 from mlacli.graph.node import Dim, Node
 from mlacli.graph.program import Memory, Program
+from mlacli.memory import allocate, copy_of
 from mlacli.model.choose import FEW_TOKENS, MachineProfile, chooser
 from mlacli.model.config import ModelConfig, read_config
 from mlacli.model.inventory import check_tensors
@@ -43,11 +44,20 @@ class Model:
     notes: tuple[str, ...]
 
 
-def load_model(path: Path) -> Model:
-    """Open a file and check all of it but the numbers. Raises ModelError."""
+def load_model(path: Path, *, mmap: bool = True, huge: bool = False) -> Model:
+    """Open a file and check all of it but the numbers. Raises ModelError, SpaceError.
+
+    Without `mmap` the file is read into anonymous memory, in huge pages if asked for.
+    """
     file = open_gguf(path)
     config = read_config(file)
     notes = (*file.notes, *check_tensors(file, config))
+    if not mmap:
+        copies = [
+            replace(part, bytes=copy_of(part.bytes, f"{part.path} (--no-mmap)", huge=huge))
+            for part in file.files
+        ]
+        file = replace(file, files=tuple(copies))
     return Model(file, config, Weights(file, config), notes)
 
 
@@ -78,11 +88,11 @@ class Engine:
         )
         self.chooser = chooser(settings, model.config, profile)
         self.n_ctx = self.plan.n_ctx
-        self.cache = Cache(self.plan.layout)
+        self.cache = Cache(self.plan.layout, huge=settings.thp)
         self.pool = pool or Pool(jit, max(settings.n_threads, settings.n_threads_batch))
         self._jit = jit
-        self._arena = _memory(self.plan.arena_bytes, "the compute buffer")
-        self._output = _memory(self.plan.output_bytes, "the output buffer")
+        self._arena = allocate(self.plan.arena_bytes, "the compute buffer", huge=settings.thp)
+        self._output = allocate(self.plan.output_bytes, "the output buffer")
         self._inputs = _inputs(self.plan, model.config.n_rope, self.cache)
         self._dims = np.zeros(len(Dim), np.int64)
         self._frequencies = model.config.rope_frequencies()
@@ -197,12 +207,3 @@ def _inputs(plan: ContextPlan, n_rope: int, cache: Cache) -> dict[str, npt.NDArr
     named["cell_pos"], named["cell_seq"] = cache.pos, cache.seq
     return named
 
-
-def _memory(n: int, what: str) -> npt.NDArray[np.uint8]:
-    """n untouched bytes on a cache line. Raises SpaceError."""
-    try:
-        raw = np.empty(n + 64, np.uint8)
-    except MemoryError as problem:
-        raise SpaceError(f"{what} needs {n / 2**20:.2f} MiB, more than there is") from problem
-    skip = -raw.ctypes.data % 64
-    return raw[skip : skip + n]

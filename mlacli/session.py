@@ -17,6 +17,7 @@ from codegen.pool import Pool
 from mlacli.engine import Cancelled, Engine, Model, load_model
 from mlacli.errors import EXIT_SIGINT, EXIT_SIGTERM, UsageError
 from mlacli.machine import machine_profile, make_jit
+from mlacli.memory import huge_bytes, lock
 from mlacli.report import buffer_lines, context_size
 from mlacli.settings import Request, RunSettings
 from mlacli.text.chat import ChatTemplate
@@ -119,7 +120,7 @@ def run_prompt(
 ) -> int:
     """Answer one prompt; the exit code tells whether a signal ended it. Raises MlaError."""
     timings = Timings()
-    model = load_model(settings.model)
+    model = load_model(settings.model, mmap=settings.mmap, huge=settings.thp)
     data = tokenizer_data(model.file.metadata, str(settings.model))
     tokenizer = Tokenizer(data, model.config.n_vocab)
     template = _template(tokenizer, request)  # its process starts up meanwhile
@@ -134,7 +135,7 @@ def run_prompt(
             f"the prompt has {len(tokens)} tokens, more than -c {engine.n_ctx} leaves room for "
             f"(limit {engine.n_ctx - 1})"
         )
-    for line in buffer_lines(engine.plan, settings):
+    for line in (*buffer_lines(engine.plan, settings), *memory_notes(model, settings)):
         note(line)
     if settings.verbose:
         note(_path_line(engine))
@@ -169,6 +170,15 @@ def start_engine(
     return Engine(
         model, settings, jit, profile, n_ctx=n_ctx, n_out_max=n_out_max, pool=pool
     )
+
+
+def memory_notes(model: Model, settings: RunSettings) -> Iterator[str]:
+    """What came of --mlock and -thp."""
+    if settings.mlock:
+        problem = lock([part.bytes for part in model.file.files])
+        yield f"note: --mlock: {problem}" if problem else "mlock: the weights stay in memory"
+    if settings.thp:
+        yield f"thp: {huge_bytes() / 2**20:.2f} MiB in huge pages so far"
 
 
 def encode_prompt(

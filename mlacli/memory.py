@@ -1,0 +1,66 @@
+"""Memory by the page: anonymous blocks, huge pages, and keeping pages from being taken away.
+
+What was asked for and what the system gave are two things; functions here return the latter.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import mmap
+import os
+import resource
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from mlacli.errors import SpaceError
+
+Block = npt.NDArray[np.uint8]
+MIB = 2**20
+
+
+def allocate(n: int, what: str, *, huge: bool = False) -> Block:
+    """n zero bytes on a page boundary, not touched yet. Raises SpaceError.
+
+    `huge` asks for transparent huge pages (madvise); `huge_bytes` tells how many there are.
+    """
+    try:
+        block = mmap.mmap(-1, max(n, 1))
+    except (OSError, OverflowError, ValueError, MemoryError) as problem:
+        raise SpaceError(f"{what} needs {n / MIB:.2f} MiB, more than there is") from problem
+    if huge and hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError):  # a kernel without them: huge_bytes will say 0
+            block.madvise(mmap.MADV_HUGEPAGE)
+    return np.frombuffer(block, np.uint8)[:n]
+
+
+def lock(blocks: Sequence[Block]) -> str:
+    """Keep blocks in memory (mlock). Returns "" or the reason why it could not be done."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    for block in blocks:
+        address, size = ctypes.c_void_p(block.ctypes.data), ctypes.c_size_t(block.size)
+        if libc.mlock(address, size):
+            soft = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
+            limit = "no limit" if soft == resource.RLIM_INFINITY else f"{soft // 1024} KiB"
+            reason = os.strerror(ctypes.get_errno())
+            return f"{reason} (RLIMIT_MEMLOCK: {limit}; raise it with ulimit -l)"
+    return ""
+
+
+def huge_bytes() -> int:
+    """Bytes of this process's anonymous memory that lie in huge pages now (0 if unknown)."""
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        for line in Path("/proc/self/smaps_rollup").read_text().splitlines():
+            if line.startswith("AnonHugePages:"):
+                return int(line.split()[1]) * 1024
+    return 0
+
+
+def copy_of(source: Block, what: str, *, huge: bool) -> Block:
+    """An anonymous copy, for --no-mmap."""
+    copy = allocate(source.size, what, huge=huge)
+    copy[:] = source
+    return copy
