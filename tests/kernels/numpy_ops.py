@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from codegen.kernels.router import Routing
+
 Array = NDArray[Any]
 
 
@@ -69,3 +71,46 @@ def silu(x: Array) -> Array:
     with np.errstate(over="ignore"):
         result: Array = wide / (1 + np.exp(-wide))
     return result
+
+
+def route(logits: Array, bias: Array | None, r: Routing) -> tuple[Array, Array]:
+    """(ids, weights) [tokens, n_used]; gates in f32, where equal logits give equal scores."""
+    wide = logits.astype(np.float64)
+    if r.gating == "sigmoid":
+        probs = 1 / (1 + np.exp(-wide))
+    else:
+        probs = np.exp(wide - wide.max(axis=-1, keepdims=True))
+        probs /= probs.sum(axis=-1, keepdims=True)
+    scores = probs if bias is None else probs + bias
+    if r.n_group > 1:
+        grouped = scores.reshape(len(scores), r.n_group, -1)
+        n_best = 2 if r.group_score == "top2" else 1
+        strength = np.sort(grouped, axis=-1)[..., -n_best:].sum(axis=-1)
+        order = np.argsort(-strength, axis=-1, kind="stable")[:, : r.n_group_used]
+        kept = np.zeros(strength.shape, np.bool_)
+        np.put_along_axis(kept, order, True, axis=-1)
+        scores = np.where(kept[..., None], grouped, -np.inf).reshape(scores.shape)
+    ids = np.argsort(-scores, axis=-1, kind="stable")[:, : r.n_used]
+    weights = np.take_along_axis(probs, ids, axis=-1)
+    if r.ser_min:
+        chosen = np.take_along_axis(scores, ids, axis=-1)
+        dropped = chosen <= chosen[:, :1] * r.ser_threshold
+        dropped[:, : r.ser_min] = False
+        ids, weights = np.where(dropped, -1, ids), np.where(dropped, 0, weights)
+    if r.normalise:
+        weights = weights / np.maximum(weights.sum(axis=-1, keepdims=True), 6.1e-5)
+    return ids.astype(np.int32), weights * r.scale
+
+
+def group_tokens(ids: Array, n_expert: int) -> tuple[Array, Array, Array]:
+    """(offsets, order, place) of the slots sorted by expert; dropped slots (-1) have no place."""
+    flat = ids.ravel()
+    slots = np.flatnonzero(flat >= 0)
+    slots = slots[np.argsort(flat[slots], kind="stable")]
+    counts = np.bincount(flat[slots], minlength=n_expert)
+    offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
+    order = np.full(flat.size, -1, np.int32)
+    order[: slots.size] = slots
+    place = np.full(flat.size, -1, np.int32)
+    place[slots] = np.arange(slots.size)
+    return offsets, order, place
