@@ -95,7 +95,7 @@ def _final_lane(source: int, n: int) -> int:
 def softmax_step(
     k: Kernel,
     m: Var,
-    l: Var,
+    l: Var,  # noqa: E741 - the paper's name
     score: Value,
 ) -> tuple[Value, Value]:
     """One online-softmax step: returns (factor for what was summed, weight of the new score).

@@ -1,11 +1,12 @@
-"""f32 micro-GEMMs over tiles in a thread's own scratch, shared by the attention kernels.
+"""f32 micro-GEMMs over slabs in a thread's own scratch, shared by the attention kernels.
 
-The long dimension of queries lies across lanes: `packed` holds rows of q transposed, in groups of
-a few vectors, so that products of a group with a row of keys need no horizontal sums.
+Rows of q lie across lanes: `packed` holds them transposed, in groups of one or two vectors, so
+that a group times a row of keys needs no horizontal sum. A slab is a few dozen decoded cache rows,
+cut to a few dozen columns so that it stays in the L1 cache; "keys" counts its rows.
 
-    packed[group][column][lane]     pack_rows: row of q = group * group_rows + lane
-    s[key][row]                     multiply_keys: s = K q^T
-    o[row][column]                  add_values: o = o * keep[row] + sum over keys of s * v
+    packed[group][column][lane]     pack_rows: row of q = group * lanes of a group + lane
+    s[key][row] += K q^T            multiply_keys
+    o[row][column] = o keep + s^T V add_values
 """
 
 from __future__ import annotations
@@ -20,16 +21,26 @@ from codegen.values import Pointer, Value, Var
 if TYPE_CHECKING:
     from codegen.builder import Kernel
 
-PARTS = (96, 64, 32)
+UNROLL = 4
+Ahead = Callable[[Value, int], None]
 
 
-def round_up(k: Kernel, n: Value, step: int) -> Value:
+def round_up(n: Value, step: int) -> Value:
     """The next multiple of `step`."""
     return (n + (step - 1)) // step * step
 
 
+def slab_width(*widths: int) -> int:
+    """Columns of a slab: 64 or 32, so that it divides all `widths`, which are multiples of 32.
+
+    It also bounds how much is summed in one accumulator before that is added up: one long sum
+    over 576 columns loses a digit.
+    """
+    return 32 if any(width % 64 for width in widths) else 64
+
+
 def transpose(k: Kernel, rows: list[Value]) -> list[Value]:
-    """n vectors of n lanes, rows to columns: swap the off-diagonal halves at each scale."""
+    """n vectors of n lanes, rows to columns: swap the off-diagonal parts at each scale."""
     n, distance = len(rows), len(rows) // 2
     out = list(rows)
     while distance:
@@ -44,7 +55,7 @@ def transpose(k: Kernel, rows: list[Value]) -> list[Value]:
 
 @dataclass(frozen=True)
 class Micro:
-    """Register tiles of a target: `keys` x `vectors` of scores, `rows` x `columns` of outputs."""
+    """Register tiles: `keys` x `vectors` of rows for scores, `rows` x `columns` (vectors) for o."""
 
     keys: int
     vectors: int
@@ -52,8 +63,8 @@ class Micro:
     columns: int
 
 
-def micro(k: Kernel, block_rows: int, width: int = 0) -> Micro:
-    """Tiles that leave room for the operands; `width` is that of the outputs.
+def micro(k: Kernel, block_rows: int, width: int = 32) -> Micro:
+    """Tiles that leave room for the operands, for blocks of q and slabs of `width` columns.
 
     With 32 registers 16 accumulators saturate two FMA units; with 16 there are 12 (scores) and 8.
     """
@@ -70,12 +81,12 @@ def pack_rows(
     n_rows: Value,
     *,
     width: int,
-    vectors: int,
+    block_rows: int,
 ) -> None:
     """Transpose rows of f32 into groups; lanes past `n_rows` repeat the last row."""
     lanes = k.target.lanes
-    group = vectors * lanes
-    with k.loop(0, round_up(k, n_rows, group), lanes) as first:
+    group = micro(k, block_rows).vectors * lanes
+    with k.loop(0, round_up(n_rows, group), lanes) as first:
         sources = [row(k.minimum(first + i, n_rows - 1)) for i in range(lanes)]
         to = packed.at(first // group * (group * width) + first % group)
         with k.loop(0, width, lanes) as column:
@@ -93,56 +104,46 @@ def multiply_keys(
     n_keys: Value,
     *,
     width: int,
+    q_width: int,
     block_rows: int,
+    ahead: Ahead,
 ) -> None:
-    """s[key][row] = sum over columns of keys[key][column] * q[row][column].
+    """s[key][row] += sum over a slab's columns of keys[key][column] * q[row][column].
 
-    Whole register tiles are computed: keys past `n_keys` give numbers that nobody reads.
+    `packed` starts at the slab's first column, of `q_width`. Whole register tiles are computed:
+    keys past `n_keys` give numbers that nobody reads. `ahead(first, count)` is called between the
+    multiplications, `first` going over the numbers of the slab, to ask for memory needed later.
     """
     m, lanes = micro(k, block_rows), k.target.lanes
-    group, part = m.vectors * lanes, part_width(width)
+    group = m.vectors * lanes
     with k.loop(0, n_keys, m.keys) as key:
         with k.loop(0, n_rows, group) as row:
-            totals = s.at(key * block_rows + row)
-            for i in range(0, m.keys * block_rows, block_rows):
-                for v in range(0, group, lanes):
-                    totals.at(i + v).store(k.zeros(f32 * lanes))
-            with k.loop(0, width, part) as first:
-                sums = key_sums(
-                    k,
-                    packed.at(row * width + first * group),
-                    keys.at(key * width + first),
-                    m,
-                    width=width,
-                    part=part,
-                )
-                for i, acc in enumerate(sums):
-                    for v, total in enumerate(acc):
-                        at = totals.at(i * block_rows + v * lanes)
-                        at.store(at.load(f32 * lanes) + total.get())
+            at = [
+                [s.at((key + i) * block_rows + row + v * lanes) for v in range(m.vectors)]
+                for i in range(m.keys)
+            ]
+            sums = [[k.var(k.zeros(f32 * lanes)) for _ in range(m.vectors)] for _ in at]
+            q, slab = packed.at(row * q_width), keys.at(key * width)
+            with k.loop(0, width, UNROLL) as column:
+                ahead(key * width + column * m.keys, UNROLL * m.keys)
+                for u in range(UNROLL):
+                    vectors = load_vectors(q.at((column + u) * group), lanes, m.vectors)
+                    for i, acc in enumerate(sums):
+                        add_products(k, acc, vectors, slab.at(i * width + u).at(column)[0])
+            for places, acc in zip(at, sums, strict=True):
+                for place, total in zip(places, acc, strict=True):
+                    place.store(place.load(f32 * lanes) + total.get())
 
 
-def part_width(width: int) -> int:
-    """Columns summed in one accumulator before it is added up: long plain sums lose digits."""
-    return next(n for n in PARTS if width % n == 0)
+def load_vectors(p: Pointer, lanes: int, count: int) -> list[Value]:
+    return [p.at(v * lanes).load(f32 * lanes) for v in range(count)]
 
 
-def key_sums(
-    k: Kernel, q: Pointer, keys: Pointer, m: Micro, *, width: int, part: int
-) -> list[list[Var]]:
-    """[key][vector of rows] sums over `part` columns, a register tile."""
-    lanes, unroll = k.target.lanes, 4
-    group = m.vectors * lanes
-    sums = [[k.var(k.zeros(f32 * lanes)) for _ in range(m.vectors)] for _ in range(m.keys)]
-    with k.loop(0, part, unroll) as column:
-        for u in range(unroll):
-            at = q.at((column + u) * group)
-            vectors = [at.at(v * lanes).load(f32 * lanes) for v in range(m.vectors)]
-            for i, acc in enumerate(sums):
-                value = k.splat(keys.at(i * width + u).at(column)[0], lanes)
-                for total, vector in zip(acc, vectors, strict=True):
-                    total += vector * value
-    return sums
+def add_products(k: Kernel, acc: list[Var], vectors: list[Value], factor: Value) -> None:
+    """acc += vectors * factor."""
+    spread = k.splat(factor, k.target.lanes)
+    for total, vector in zip(acc, vectors, strict=True):
+        total += vector * spread
 
 
 def add_values(
@@ -155,32 +156,26 @@ def add_values(
     n_keys: Value,
     *,
     width: int,
-    pitch: int,
+    o_width: int,
     block_rows: int,
 ) -> None:
-    """o[row][column] = o * keep[row] + sum over keys of s[key][row] * values[key][column]."""
+    """o[row][column] = o * keep[row] + sum over keys of s[key][row] * values[key][column].
+
+    `o` starts at the slab's first column, of `o_width`. Rows are done four at a time.
+    """
     m, lanes = micro(k, block_rows, width), k.target.lanes
-    panel = m.columns * lanes
-    with k.loop(0, width, panel) as column:
+    with k.loop(0, width, m.columns * lanes) as column:
         with k.loop(0, n_rows, m.rows) as row:
-            at = [o.at((row + i) * width + column) for i in range(m.rows)]
+            at = [o.at((row + i) * o_width + column) for i in range(m.rows)]
             sums = []
             for i, start in enumerate(at):
                 factor = k.splat(keep[row + i], lanes)
-                sums.append(
-                    [
-                        k.var(start.at(v * lanes).load(f32 * lanes) * factor)
-                        for v in range(m.columns)
-                    ]
-                )
+                sums.append([k.var(v * factor) for v in load_vectors(start, lanes, m.columns)])
             with k.loop(0, n_keys) as key:
-                source = values.at(key * pitch + column)
-                vectors = [source.at(v * lanes).load(f32 * lanes) for v in range(m.columns)]
+                vectors = load_vectors(values.at(key * width + column), lanes, m.columns)
                 weights = s.at(key * block_rows + row)
                 for i, acc in enumerate(sums):
-                    weight = k.splat(weights[i], lanes)
-                    for total, vector in zip(acc, vectors, strict=True):
-                        total += vector * weight
+                    add_products(k, acc, vectors, weights[i])
             for start, acc in zip(at, sums, strict=True):
                 for v, total in enumerate(acc):
                     start.at(v * lanes).store(total.get())

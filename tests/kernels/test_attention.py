@@ -146,9 +146,10 @@ TOKENS, CELLS = (1, 2, 7, 33), (1, 31, 33, 257, 700)
 def test_flash_over_batch_and_cache_sizes(target: Target, kind: str) -> None:
     d_k, d_v = (160, 128) if kind == ABSORBED else (96, 64)
     sizes = flash_sizes(kind, 5, d_k, d_v, F16)
-    for n_tokens in TOKENS:
-        for n_kv in CELLS:
+    for n_kv in CELLS:
+        for n_tokens in TOKENS:
             check_flash(target, n_tokens, n_kv, 33, sizes)
+        check_flash(target, 1, n_kv, 1, sizes)
 
 
 @each_target
