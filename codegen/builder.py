@@ -51,7 +51,7 @@ def mangled(t: DType) -> str:
     return f"v{t.lanes}{scalar}" if t.lanes > 1 else scalar
 
 
-class _BFloat(ir.Type):
+class _BFloat(ir.Type):  # type: ignore[misc]  # llvmlite has no types
     """<n x bfloat>, only ever reached by a bitcast."""
 
     def __init__(self, lanes: int) -> None:

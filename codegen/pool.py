@@ -175,5 +175,3 @@ def aligned_words(n: int) -> npt.NDArray[np.int64]:
     raw = np.zeros(n + job_layout.LINE_WORDS, np.int64)
     skip = -raw.ctypes.data % (8 * job_layout.LINE_WORDS) // 8
     return raw[skip : skip + n]
-
-

@@ -1,4 +1,4 @@
-"""What a kernel author holds: `Value` (immutable), `Pointer` (typed address), `Var` (mutable register).
+"""What a kernel author holds: `Value` (immutable), `Pointer` (address), `Var` (mutable register).
 
 They only forward to the builder `k`; nothing here knows LLVM.
 """
@@ -16,7 +16,7 @@ Operand = "Value | Var | int | float"
 
 
 class Value:
-    """An SSA value. Python numbers become constants and scalars are splat; nothing else converts."""
+    """An SSA value. Python numbers become constants, scalars are splat; nothing else converts."""
 
     __slots__ = ("ir", "k", "type")
 

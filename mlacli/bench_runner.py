@@ -6,7 +6,7 @@ import math
 import resource
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -101,15 +101,19 @@ class EngineRunner:
     def _limit(self, engine: Engine, case: BenchCase, before: Peaks) -> float:
         """Tokens per second at the limit, with the mean of the peaks before and after."""
         after = self._peaks(case)
-        both = [(getattr(before, f), getattr(after, f)) for f in ("int8", "bf16", "f32")]
-        means = [math.fsum(pair) / 2 for pair in both]
-        bandwidth = (before.bandwidth + after.bandwidth) / 2
+        mean = Peaks(
+            before.n_threads,
+            *(
+                (first + second) / 2
+                for first, second in zip(astuple(before)[1:], astuple(after)[1:], strict=True)
+            ),
+        )
         seconds = row_seconds(
             engine.model.config,
             engine.model.weights,
             engine.plan.layout,
             case.settings,
-            Peaks(before.n_threads, *means, bandwidth),
+            mean,
             n_prompt=case.n_prompt,
             n_gen=case.n_gen,
             n_depth=case.n_depth + case.n_fill,

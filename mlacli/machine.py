@@ -15,6 +15,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -63,11 +64,11 @@ def measure_peaks(jit: Jit, pool: Pool, n_threads: int, *, read_bytes: int = _RE
     for what in roof.OPERATIONS:
         call = Call(jit, roof.peak(what=what), [out, seed, _ROUNDS])
         per_round = roof.multiply_adds(what, target.lanes, target.registers)
-        seconds = best_of(lambda call=call: call.run(pool, n_threads), 3)
+        seconds = best_of(partial(call.run, pool, n_threads), 3)
         rates[what] = n_threads * _ROUNDS * per_round / seconds
     data = np.ones(read_bytes // 4, np.uint32)
     read = Call(jit, roof.read_memory(), [out, data, data.nbytes])
-    seconds = best_of(lambda: read.run(pool, n_threads), 3)
+    seconds = best_of(partial(read.run, pool, n_threads), 3)
     return Peaks(n_threads, rates["int8"], rates["bf16"], rates["f32"], data.nbytes / seconds)
 
 

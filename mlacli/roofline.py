@@ -33,9 +33,11 @@ class Work:
     unit: str  # "int8", "bf16" or "f32"
 
     def seconds(self, peaks: Peaks) -> float:
-        peak = getattr(peaks, self.unit)
-        if self.unit == "bf16":
-            peak = max(peak, peaks.f32)
+        peak = {
+            "int8": peaks.int8,
+            "bf16": max(peaks.bf16, peaks.f32),
+            "f32": peaks.f32,
+        }[self.unit]
         return max(self.multiply_adds / peak, self.nbytes / peaks.bandwidth)
 
 
@@ -111,9 +113,7 @@ def weight_work(config: ModelConfig, weights: Weights, n: int, n_out: int) -> li
     return found
 
 
-def _matrix(
-    fmt: BlockFormat, n_cols: int, n_rows: int, tokens: float, copies: float
-) -> Work:
+def _matrix(fmt: BlockFormat, n_cols: int, n_rows: int, tokens: float, copies: float) -> Work:
     nbytes = copies * n_rows * fmt.row_bytes(n_cols)
     return Work(tokens * n_rows * n_cols, nbytes, unit_of(fmt))
 

@@ -158,7 +158,7 @@ def run_prompt(
     return _EXIT_OF_SIGNAL[received[0]] if received else 0
 
 
-_EXIT_OF_SIGNAL = {signal.SIGINT: EXIT_SIGINT, signal.SIGTERM: EXIT_SIGTERM}
+_EXIT_OF_SIGNAL: dict[int, int] = {signal.SIGINT: EXIT_SIGINT, signal.SIGTERM: EXIT_SIGTERM}
 
 
 def start_engine(
@@ -167,9 +167,7 @@ def start_engine(
     """An engine whose -mla 3 knows this machine."""
     pool = Pool(jit, max(settings.n_threads, settings.n_threads_batch))
     profile = machine_profile(jit, pool, settings.n_threads_batch)
-    return Engine(
-        model, settings, jit, profile, n_ctx=n_ctx, n_out_max=n_out_max, pool=pool
-    )
+    return Engine(model, settings, jit, profile, n_ctx=n_ctx, n_out_max=n_out_max, pool=pool)
 
 
 def memory_notes(model: Model, settings: RunSettings) -> Iterator[str]:
@@ -203,9 +201,7 @@ def _template(tokenizer: Tokenizer, request: Request) -> ChatTemplate | None:
     source = tokenizer.data.chat_template
     if request.raw or not source:
         return None
-    return ChatTemplate(
-        source, tokenizer.bos_text, tokenizer.eos_text, tokenizer.control_texts
-    )
+    return ChatTemplate(source, tokenizer.bos_text, tokenizer.eos_text, tokenizer.control_texts)
 
 
 def _path_line(engine: Engine) -> str:

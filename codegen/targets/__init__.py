@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 from codegen.targets import arm, x86
 from codegen.targets.base import Target
@@ -58,7 +59,7 @@ def build(name: str, host: Host | None = None) -> Target:
     """
     if name not in NAMES:
         raise ValueError(f"unknown target {name!r} (one of: {', '.join(NAMES)})")
-    tuned = {}
+    tuned: dict[str, Any] = {}
     if host is not None and can_run(name, host):
         wanted = sorted(host.features if name.startswith("avx512vnni") else _NEEDS[name])
         tuned = {"triple": host.triple, "features": ",".join("+" + f for f in wanted)}

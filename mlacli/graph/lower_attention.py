@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from codegen.kernels import attention, cache, layers
 from codegen.kernels.attention import ABSORBED, STANDARD, flash_scratch_bytes
 from codegen.kernels.matmul import Shape
@@ -55,9 +57,7 @@ def _rope_q(lower: Lower, node: Node) -> list[Launch]:
     return [_rotate(node, node.inputs[0], node.inputs[1], h, h.q_width, h.n_nope)]
 
 
-def _rotate(
-    node: Node, q: Node, rope: Node, heads: Heads, y_stride: int, y_offset: int
-) -> Launch:
+def _rotate(node: Node, q: Node, rope: Node, heads: Heads, y_stride: int, y_offset: int) -> Launch:
     spec = layers.rope_q(
         n_heads=heads.n_head,
         n_rope=heads.n_rope,
@@ -115,7 +115,7 @@ def _expand_kv(lower: Lower, node: Node) -> list[Launch]:
     return launches
 
 
-def _flash_sizes(node: Node) -> dict[str, object]:
+def _flash_sizes(node: Node) -> dict[str, Any]:
     h = _heads(node)
     if node.op == "flash_absorbed":
         return {"kind": ABSORBED, "n_head": h.n_head, "d_k": h.c_width, "d_v": h.n_lora}

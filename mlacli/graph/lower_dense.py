@@ -61,9 +61,7 @@ def _quantize(lower: Lower, node: Node) -> list[Launch]:
     for size in node.shape[1:-1]:
         assert isinstance(size, int)
         rows *= size
-    spec = activations.quantize(
-        n=n, rows_per_token=rows, row_stride=node.attrs.get("stride", n)
-    )
+    spec = activations.quantize(n=n, rows_per_token=rows, row_stride=node.attrs.get("stride", n))
     return [Launch(node, spec, (At(node), At(node.inputs[0]), lower.tokens(node)))]
 
 

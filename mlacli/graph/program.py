@@ -35,17 +35,13 @@ class Memory:
 class Program:
     """Ready to run any number of times; the memory it points to must stay where it is."""
 
-    def __init__(
-        self, graph: Graph, plan: Plan, lower: Lower, memory: Memory, jit: Jit
-    ) -> None:
+    def __init__(self, graph: Graph, plan: Plan, lower: Lower, memory: Memory, jit: Jit) -> None:
         self._plan, self._memory, self._bounds = plan, memory, lower.bounds
         launches = lower_graph(lower, graph)
         kernels = [jit.load(launch.spec) for launch in launches]
         slots = [len(launch.operands) + 1 for launch in launches]
         self._args = aligned_words(sum(slots))
-        self._counters = aligned_words(
-            job_layout.LINE_WORDS * max(1, sum(n for _, n in kernels))
-        )
+        self._counters = aligned_words(job_layout.LINE_WORDS * max(1, sum(n for _, n in kernels)))
         self.table = np.zeros((len(launches), LAUNCH_WORDS), np.int64)
         waits = _barriers(launches, lambda operand: self._span(lower, operand))
         at = counter = 0
@@ -109,9 +105,7 @@ def _barriers(launches: list[Launch], span: Callable[[Operand], Span | None]) ->
             other is not launch.node and _overlap(a, b)
             for other, a in written
             for b in writes + reads
-        ) or any(
-            other is not launch.node and _overlap(a, b) for other, a in read for b in writes
-        )
+        ) or any(other is not launch.node and _overlap(a, b) for other, a in read for b in writes)
         if clash or launch.after_previous:
             written, read = [], []
         waits.append(int(clash or launch.after_previous))
@@ -123,7 +117,8 @@ def _barriers(launches: list[Launch], span: Callable[[Operand], Span | None]) ->
 def _touched(
     launch: Launch, span: Callable[[Operand], Span | None]
 ) -> tuple[list[Span], list[Span]]:
-    writes, reads = [], []
+    writes: list[Span] = []
+    reads: list[Span] = []
     for operand in launch.operands:
         where = span(operand)
         if where is None:
@@ -138,5 +133,3 @@ def _touched(
 
 def _overlap(a: Span, b: Span) -> bool:
     return a[0] < b[1] and b[0] < a[1]
-
-

@@ -86,9 +86,7 @@ def rms_norm(b: Builder, x: Node, weight: str, name: str, *, n: int | None = Non
     return b.graph.add("rms_norm", "f32", shape, x, w, name=name, eps=b.config.rms_eps)
 
 
-def linear(
-    b: Builder, x: Node, weight: str, name: str, *, residual: Node | None = None
-) -> Node:
+def linear(b: Builder, x: Node, weight: str, name: str, *, residual: Node | None = None) -> Node:
     """y = W x (+ residual, taking over its memory)."""
     w = b.tensor(weight)
     inputs = [w, b.activations(x, w)] + ([residual] if residual else [])

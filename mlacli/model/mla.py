@@ -12,6 +12,7 @@ kqv), cut into slices of heads so that it stays under -amb.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from mlacli.graph.node import Dim, Node
 from mlacli.model.layers import Builder, T, linear, rms_norm
@@ -91,8 +92,8 @@ def absorbed(b: Builder, layer: int, q: Node, kv_a: Node) -> Node:
         )  # fmt: skip
     else:
         if kv_t is None:
-            shape = (c.kv_lora_rank, Dim.N_KV)
-            kv_t = g.add("transpose_c", "f16", shape, cache, name=f"kv_t-{layer}", heads=b.heads)
+            turned = (c.kv_lora_rank, Dim.N_KV)
+            kv_t = g.add("transpose_c", "f16", turned, cache, name=f"kv_t-{layer}", heads=b.heads)
         sums = _plain(b, layer, q_c, cache, kv_t, latent)
     v_b = b.weight(b.weights.v_b(layer))
     return g.add(
@@ -168,7 +169,7 @@ def _plain(
         n = min(per_slice, c.n_head - first)
         tag = f"-{layer}" if n == c.n_head else f"-{layer}.{first}"
         kq_inputs = (q, k, *_cells(b)) + ((w_uk,) if w_uk else ())
-        heads = {"first": first, "path": path, "heads": b.heads, "n_ctx": b.options.n_ctx}
+        heads: dict[str, Any] = {"first": first, "path": path, "heads": b.heads, "n_ctx": b.options.n_ctx}
         shape = (n, T, Dim.N_KV)
         kq = g.add("kq", "f32", shape, *kq_inputs, name="kq" + tag, **heads)
         p = g.add("soft_max", "f32", shape, kq, name="soft_max" + tag, inplace=0)

@@ -1,7 +1,7 @@
 """Feed-forward layers: dense, and mixture of experts (DeepSeekMoE, arXiv 2401.06066).
 
-    dense  x + W_down (silu(W_gate h) * (W_up h)),  h = norm(x)
-    MoE    x + shared expert(h) + sum over the chosen experts of weight_e * expert_e(h)
+dense  x + W_down (silu(W_gate h) * (W_up h)),  h = norm(x)
+MoE    x + shared expert(h) + sum over the chosen experts of weight_e * expert_e(h)
 """
 
 from __future__ import annotations
@@ -28,9 +28,7 @@ def dense(b: Builder, layer: int, h: Node, x: Node, suffix: str) -> Node:
     act = b.activations(h, gate)
     name = f"ffn_act{suffix}-{layer}"
     hidden = b.graph.add("up_gate", "f32", shape, gate, up, act, name=name)
-    return linear(
-        b, hidden, f"{blk}down{suffix}.weight", f"ffn_out{suffix}-{layer}", residual=x
-    )
+    return linear(b, hidden, f"{blk}down{suffix}.weight", f"ffn_out{suffix}-{layer}", residual=x)
 
 
 def experts(b: Builder, layer: int, h: Node, x: Node) -> Node:
@@ -42,7 +40,8 @@ def experts(b: Builder, layer: int, h: Node, x: Node) -> Node:
     slots = (h.shape[0], c.n_expert_used)
     routing = g.add("route", "routing", slots, *inputs, name=f"ffn_moe_topk-{layer}")
     gate, up, down = (b.tensor(f"{blk}ffn_{part}_exps.weight") for part in ("gate", "up", "down"))
-    act, tables = b.activations(h, gate), (routing,)
+    act = b.activations(h, gate)
+    tables: tuple[Node, ...] = (routing,)
     if not b.options.few:
         groups = g.add(
             "group_tokens", "groups", slots, routing,

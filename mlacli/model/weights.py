@@ -40,7 +40,8 @@ class Weights:
         n_mats = shape[2] if len(shape) > 2 else 1
         fmt = self._format(name)
         if n_cols % 32 and len(shape) > 1:
-            raise model_error(self.file.path, name, "row length", n_cols, "a multiple of 32")
+            problem = "rows must be a multiple of 32 values long"
+            raise model_error(self.file.path, name, problem, got=n_cols, limit="32 n")
         pitch = n_rows * fmt.row_bytes(n_cols) if n_mats > 1 else 0
         return Matrix(name, fmt, n_cols, n_rows, n_mats, pitch=pitch)
 
@@ -49,9 +50,8 @@ class Weights:
         fmt = BY_GGML_TYPE.get(tensor.ggml_type)
         if fmt is None:
             known = ", ".join(f.name for f in BY_GGML_TYPE.values())
-            raise model_error(
-                self.file.path, name, "this tensor type is not supported", tensor.type_name, known
-            )
+            problem = "this tensor type is not supported"
+            raise model_error(self.file.path, name, problem, got=tensor.type_name, limit=known)
         return fmt
 
     def k_b(self, layer: int) -> Matrix:
@@ -61,9 +61,7 @@ class Weights:
         fmt = self._derived_format(f"blk.{layer}.attn_kv_b.weight") if derived else None
         fmt = fmt or self._format(name)
         pitch = c.kv_lora_rank * fmt.row_bytes(c.n_nope)
-        return Matrix(
-            name, fmt, c.n_nope, c.kv_lora_rank, c.n_head, pitch=pitch, derived=derived
-        )
+        return Matrix(name, fmt, c.n_nope, c.kv_lora_rank, c.n_head, pitch=pitch, derived=derived)
 
     def w_uk(self, layer: int) -> Matrix:
         """W_UK per head, (nope, kv_lora): k_nope = w_uk c_kv."""

@@ -1,0 +1,99 @@
+"""K and V from cached rows: the matrix part of expanded attention.
+
+    k_nope[j, h] = w_uk[h] c_kv[j],   v[j, h] = v_b[h] c_kv[j]     for a chunk of cache rows j
+
+A chunk's latent parts are brought into the form the matrix kernels read (a8 rows for quantised
+weights, else f32), then panels of w_uk and v_b meet all rows of the chunk at once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from codegen.dtypes import f32, i8, i32, u8
+from codegen.formats import BlockFormat
+from codegen.kernels.activations import quantize_block, row_bytes, scales_offset, sums_offset
+from codegen.kernels.blocks import BLOCK, load_block
+from codegen.kernels.matmul import store_rows
+from codegen.kernels.panel import decode_panel, multiply_panel
+from codegen.kernels.rows import store_vectors
+from codegen.values import Pointer, Value
+
+if TYPE_CHECKING:
+    from codegen.builder import Kernel
+
+
+@dataclass(frozen=True)
+class Part:
+    """One half of kv_b: `n_heads` matrices (n_rows, n_lora), `pitch` bytes apart."""
+
+    n_heads: int
+    n_rows: int
+    n_lora: int
+    pitch: int
+    fmt: BlockFormat
+
+
+def latent_pitch(fmt: BlockFormat, n_lora: int) -> int:
+    """Bytes of one row as `multiply_panel` reads it for weights of this format."""
+    return row_bytes(n_lora) if fmt.is_quantised else 4 * n_lora
+
+
+def latent_rows(
+    k: Kernel,
+    rows: Pointer,
+    cache: Pointer,
+    first: Value,
+    n_rows: Value,
+    counter: Pointer,
+    *,
+    part: Part,
+    c_width: int,
+    fmt: BlockFormat,
+) -> None:
+    """rows[i] = the latent part of cache row first + i, ready for the matrices."""
+    n, pitch = part.n_lora, latent_pitch(part.fmt, part.n_lora)
+    with k.tiles(n_rows, counter) as i:
+        source = cache.bytes((first + i) * fmt.row_bytes(c_width))
+        target = rows.bytes(i * pitch)
+        with k.loop(0, n // BLOCK) as block:
+            values = load_block(k, fmt, source, block)
+            if not part.fmt.is_quantised:
+                store_vectors(target.cast(f32).at(block * BLOCK), values)
+            else:
+                d, codes, total = quantize_block(k, values)
+                for j, code in enumerate(codes):
+                    target.bytes(block * BLOCK + j * k.target.lanes, i8).store(code.to(i8))
+                target.bytes(scales_offset(n), f32)[block] = d
+                target.bytes(sums_offset(n), i32)[block] = total * -k.target.weight_bias
+
+
+def expand_heads(
+    k: Kernel,
+    out: Pointer,
+    w: Pointer,
+    rows: Pointer,
+    n_rows: Value,
+    panel: Pointer,
+    counter: Pointer,
+    *,
+    part: Part,
+    out_row: int,
+    out_head: int,
+) -> None:
+    """out[i * out_row + h * out_head + r] = w[h, r] . rows[i], strides in values."""
+    n, pitch = k.target.lanes, latent_pitch(part.fmt, part.n_lora)
+    per_head = -(-part.n_rows // n)
+    with k.tiles(per_head * part.n_heads, counter) as tile:
+        head, first = tile // per_head, tile % per_head * n
+        matrix = w.cast(u8).bytes(head * part.pitch)
+        decode_panel(k, part.fmt, matrix, first, panel, n_rows=part.n_rows, n_cols=part.n_lora)
+
+        def store(i: Value, total: Value) -> None:
+            at = i * out_row + head * out_head + first
+            store_rows(k, out.at(at), total, first, part.n_rows)
+
+        multiply_panel(
+            k, part.fmt, panel, rows, n_rows, store, n_cols=part.n_lora, x_pitch=pitch
+        )
