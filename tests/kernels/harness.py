@@ -15,6 +15,7 @@ import mmap
 import os
 import random
 import signal
+import struct
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -40,6 +41,7 @@ CHILD_SECONDS = 30.0
 POISON = (0x7FA5A5A5, 0xFFDA5A5A)
 
 _PROT_NONE, _PROT_READ = 0, 1
+_SYMBOL_TABLE = 2  # ELF section type
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -52,25 +54,63 @@ def host_targets() -> list[Target]:
 each_target = pytest.mark.parametrize("target", host_targets(), ids=lambda target: target.name)
 
 
+class CheckedJit(jit.Jit):
+    """Refuses object code that needs a symbol off the list: LLVM may add calls of its own."""
+
+    def _object(self, spec: KernelSpec) -> tuple[bytes, int]:
+        payload, n_counters = super()._object(spec)
+        strange = undefined_symbols(payload) - jit.EXTERNAL_SYMBOLS
+        if strange:
+            raise GuardFailure(f"{spec.symbol} on {self.target.name} calls {sorted(strange)}")
+        return payload, n_counters
+
+
 @cache
 def compiler(target: Target) -> jit.Jit:
     """One compiler per target and test session: a kernel is compiled once."""
-    return jit.Jit(target)
+    return CheckedJit(target)
+
+
+def undefined_symbols(payload: bytes) -> set[str]:
+    """The names that a 64-bit little-endian ELF object expects from elsewhere."""
+    if payload[:6] != b"\x7fELF\x02\x01":
+        raise ValueError("not a 64-bit little-endian ELF object")
+    (sections_at,) = struct.unpack_from("<Q", payload, 40)
+    entry_size, n_sections = struct.unpack_from("<HH", payload, 58)
+    headers = [  # (type, offset, size, link) of each section
+        struct.unpack_from("<4xI16xQQI", payload, sections_at + i * entry_size)
+        for i in range(n_sections)
+    ]
+    names = set()
+    for kind, offset, size, link in headers:
+        if kind == _SYMBOL_TABLE:
+            for at in range(offset + 24, offset + size, 24):  # the first symbol is empty
+                name_at, section = struct.unpack_from("<I2xH", payload, at)
+                if section == 0:
+                    start = headers[link][1] + name_at
+                    names.add(payload[start : payload.index(b"\0", start)].decode())
+    return names
 
 
 def run_kernel(
-    spec: KernelSpec, target: Target, args: Args, n_threads: int = 1, *, jitter: bool = False
+    spec: KernelSpec,
+    target: Target,
+    args: Args,
+    n_threads: int = 1,
+    *,
+    jitter: bool = False,
+    cancelled: bool = False,
 ) -> None:
     """Call the kernel from `n_threads` threads; `args` maps each parameter to its array or number.
 
     Arrays are passed by address, so outputs are written in place. With `jitter` each thread starts
     at a random moment. Raises TypeError for parameters that do not match the kernel's.
     """
-    load_tables(spec, target, args, n_threads)(jitter)
+    load_tables(spec, target, args, n_threads, cancelled)(jitter)
 
 
 def load_tables(
-    spec: KernelSpec, target: Target, args: Args, n_threads: int
+    spec: KernelSpec, target: Target, args: Args, n_threads: int, cancelled: bool = False
 ) -> Callable[[bool], None]:
     """The compiled kernel with its argument table: what is left to do is to call it, once."""
     if set(args) != set(spec.params):
@@ -92,7 +132,7 @@ def load_tables(
         else:
             table[slot] = int(given)
     table[-1] = address(counters)
-    cancel = np.zeros(1, np.int64)
+    cancel = np.array([cancelled], np.int64)
     words = np.zeros(job.JOB_WORDS, np.int64)
     words[job.N_THREADS], words[job.CANCEL] = n_threads, address(cancel)
 

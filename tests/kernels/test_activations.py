@@ -4,10 +4,18 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from codegen.kernels.activations import quantize, row_bytes
 from tests.kernels import numpy_ops
-from tests.kernels.harness import assert_threads_agree, each_target, run_guarded, run_kernel
+from tests.kernels.harness import (
+    assert_threads_agree,
+    each_target,
+    host_targets,
+    run_guarded,
+    run_kernel,
+)
 
 STRESS = (6e4, 1e8, 1e-8, 1e-38, 1e-42, 0.0)
 
@@ -61,6 +69,35 @@ def test_part_of_each_head(target: Any) -> None:
         part,
         target.weight_bias,
     )
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    target=st.sampled_from(host_targets()),
+    n=st.integers(1, 5).map(lambda blocks: 32 * blocks),
+    sizes=st.tuples(*(st.integers(1, 4) for _ in range(3))),
+    gaps=st.tuples(st.integers(0, 40), st.integers(0, 9), st.integers(0, 9)),
+)
+def test_any_strides(
+    target: Any, n: int, sizes: tuple[int, int, int], gaps: tuple[int, int, int]
+) -> None:
+    """Rows at any offset, with any gap between rows and between tokens; nothing beyond is read."""
+    (n_tokens, rows, n_threads), (offset, row_gap, token_gap) = sizes, gaps
+    row_stride = n + row_gap
+    token_stride = rows * row_stride + token_gap
+    last = (n_tokens - 1) * token_stride + (rows - 1) * row_stride + offset
+    x = np.random.default_rng(n).normal(size=last + n).astype(np.float32)
+    starts = offset + token_stride * np.arange(n_tokens)[:, None] + row_stride * np.arange(rows)
+    part = x[starts.reshape(-1, 1) + np.arange(n)]
+    spec = quantize(
+        n=n, rows_per_token=rows, token_stride=token_stride, row_stride=row_stride, offset=offset
+    )
+    args: dict[str, Any] = {"y": rows_of(part), "x": x, "n_tokens": n_tokens}
+    padding = {"y": np.arange(row_bytes(n)) >= n + 8 * (n // 32)}
+    found = run_guarded(spec, target, args, outputs=["y"], padding=padding, n_threads=n_threads)[
+        "y"
+    ]
+    check(found, part, target.weight_bias)
 
 
 @each_target

@@ -29,6 +29,22 @@ def scale(
         y[i + first] = x[i + first - back] * factor
 
 
+@kernel(y=ptr(f32), z=ptr(f32), x=ptr(f32), n=dim())
+def turn_twice(k: Any, y: Any, z: Any, x: Any, n: Any) -> None:
+    """y = x reversed, by tiles; then z = y reversed, by shares: wrong without the barrier."""
+    with k.tiles(n) as i:
+        y[i] = x[n - 1 - i]
+    k.barrier()
+    with k.loop(*k.my_share(n)) as i:
+        z[i] = y[n - 1 - i]
+
+
+@kernel(y=ptr(f32))
+def libm(k: Any, y: Any) -> None:
+    """What LLVM turns into a call, though no C function is named here."""
+    y[0] = k.intrinsic("llvm.exp2.f32", f32, y[0])
+
+
 def case(n: int = 33) -> dict[str, Any]:
     x = np.arange(1, n + 1, dtype=np.float32)
     return {"y": np.zeros(n, np.float32), "x": x, "factor": 0.5, "first": 0, "n": n}
@@ -77,3 +93,25 @@ def test_nmse() -> None:
     assert nmse(np.array([1.0, 2.0]), np.array([1.0, 2.0])) == 0.0
     assert nmse(np.array([1.1]), np.array([1.0])) == pytest.approx(0.01)
     assert nmse(np.array([1.0]), np.array([0.0])) == float("inf")
+
+
+@each_target
+def test_barrier(target: Any) -> None:
+    for n in (1, 2, 5, 4000):
+        x = np.arange(n, dtype=np.float32)
+        for n_threads in (1, 2, 3, 5, 8):
+            args = {"y": np.zeros_like(x), "z": np.zeros_like(x), "x": x, "n": n}
+            run_kernel(turn_twice(), target, args, n_threads, jitter=True)
+            np.testing.assert_array_equal(args["z"], x)
+            np.testing.assert_array_equal(args["y"], x[::-1])
+
+
+def test_cancelled_before_the_first_tile() -> None:
+    args = case()
+    run_kernel(scale(extra=0, back=0), host_targets()[0], args, 2, cancelled=True)
+    assert not args["y"].any()
+
+
+def test_calls_that_llvm_adds_are_seen() -> None:
+    with pytest.raises(GuardFailure, match="exp2f"):
+        run_kernel(libm(), host_targets()[-1], {"y": np.zeros(1, np.float32)})
