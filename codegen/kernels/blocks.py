@@ -29,9 +29,7 @@ def load_block(k: Kernel, fmt: BlockFormat, row: Pointer, block: Any) -> list[Va
     at, n = block_at(fmt, row, block), k.target.lanes
     if not fmt.is_quantised:
         source = fmt.fields[0].type
-        return [
-            at.cast(source).at(i).load(source * n).to(f32) for i in range(0, BLOCK, n)
-        ]
+        return [at.cast(source).at(i).load(source * n).to(f32) for i in range(0, BLOCK, n)]
     scale = k.const(row_scale(k, fmt, row, at), f32 * n)
     parts = signed_codes(k, fmt, at, n)
     return [part.to(f32) * scale for part in parts]
@@ -98,5 +96,3 @@ def high_bits(k: Kernel, fmt: BlockFormat, block: Pointer, n: int) -> list[Value
         shift = k.vector([(4 if (start + j) % 16 >= 8 else 0) + upper for j in range(n)], u8)
         parts.append(((spread >> shift) & 3) << 4)
     return parts
-
-
