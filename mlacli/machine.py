@@ -9,12 +9,13 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import os
 import platform
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
 from functools import partial
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from codegen.call import Call, aligned_bytes
 from codegen.jit import Jit, host_target, version
 from codegen.kernels import roof
 from codegen.pool import Pool
+from codegen.targets.base import Target
 from mlacli.debug import ENV
 from mlacli.errors import UsageError
 from mlacli.model.choose import MachineProfile
@@ -46,12 +48,17 @@ class Peaks:
     bandwidth: float
 
 
-def make_jit() -> Jit:
-    """The compiler for this CPU (or MLACLI_TARGET) with the object cache. Raises UsageError."""
+def this_target() -> Target:
+    """This CPU, or what MLACLI_TARGET says. Raises UsageError."""
     try:
-        target = host_target(ENV.target)
+        return host_target(ENV.target)
     except ValueError as problem:
         raise UsageError(f"MLACLI_TARGET: {problem}") from problem
+
+
+def make_jit() -> Jit:
+    """The compiler for `this_target` with the object cache. Raises UsageError."""
+    target = this_target()
     folder = ENV.cache_dir
     return Jit(target, ObjectCache(folder / "objects") if folder else None)
 
@@ -84,19 +91,35 @@ def best_of(run: Callable[[], None], times: int) -> float:
 
 def machine_profile(jit: Jit, pool: Pool, n_threads: int) -> MachineProfile:
     """The kept profile of this machine, target and thread count; measured when there is none."""
-    folder = ENV.cache_dir
-    parts = "\0".join((repr(jit.target), version(), str(n_threads)))
-    digest = hashlib.sha256(parts.encode()).hexdigest()[:16]
-    path = folder / f"machine-{digest}.json" if folder else None
-    if path is not None:
-        with contextlib.suppress(OSError, ValueError, TypeError):
-            return MachineProfile(**json.loads(path.read_text()))
+    kept = kept_profile(jit.target, n_threads)
+    if kept is not None:
+        return kept
     peaks = measure_peaks(jit, pool, n_threads, read_bytes=1 << 20)
     profile = MachineProfile(ATTENTION_SHARE * peaks.f32, EXPANSION_SHARE * peaks.int8)
+    path = _profile_path(jit.target, n_threads)
     if path is not None:
         with contextlib.suppress(OSError):
             _write(path, json.dumps(asdict(profile)))
     return profile
+
+
+def kept_profile(target: Target, n_threads: int) -> MachineProfile | None:
+    """What an earlier run measured; None when there was none, or when it makes no sense."""
+    path = _profile_path(target, n_threads)
+    if path is None:
+        return None
+    with contextlib.suppress(OSError, ValueError, TypeError):
+        profile = MachineProfile(**json.loads(path.read_text()))
+        if all(0.0 < rate < math.inf for rate in astuple(profile)):
+            return profile
+    return None
+
+
+def _profile_path(target: Target, n_threads: int) -> Path | None:
+    parts = "\0".join((repr(target), version(), str(n_threads)))
+    digest = hashlib.sha256(parts.encode()).hexdigest()[:16]
+    folder = ENV.cache_dir
+    return folder / f"machine-{digest}.json" if folder else None
 
 
 def _write(path: Path, text: str) -> None:
