@@ -44,6 +44,7 @@ class ContextPlan:
     graphs: dict[str, PlannedGraph]
     n_out_max: int
     n_vocab: int
+    n_expert_used: int
 
     @property
     def arena_bytes(self) -> int:
@@ -128,16 +129,16 @@ def plan_context(
     for name, path, few in wanted:
         n_tokens = FEW_TOKENS if few else n_ubatch
         bounds = {Dim.N_TOKENS: n_tokens, Dim.N_KV: n_ctx, Dim.N_OUT: min(n_out_max, n_tokens)}
-        graph = build_graph(
-            config, weights, options(settings, path, n_ctx, few=few), n_tokens
-        )
+        graph = build_graph(config, weights, options(settings, path, n_ctx, few=few), n_tokens)
         verify(graph, KNOWN_OPS)
         threads = settings.n_threads if few else settings.n_threads_batch
         lower = Lower(target, bounds, threads, few)
         plan = _plan(graph, bounds, lower, keep)
         graphs[name] = PlannedGraph(name, graph, plan, lower)
     layout = cache_layout(config, settings, n_ctx)
-    return ContextPlan(n_ctx, layout, graphs, n_out_max, config.n_vocab)
+    return ContextPlan(
+        n_ctx, layout, graphs, n_out_max, config.n_vocab, config.n_expert_used
+    )
 
 
 def _plan(graph: Graph, bounds: Bounds, lower: Lower, keep: tuple[str, ...]) -> Plan:

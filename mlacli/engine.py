@@ -119,7 +119,9 @@ class Engine:
         for start in range(0, len(tokens), n_ubatch):
             stop = min(start + n_ubatch, len(tokens))
             part = [w - start for w in wanted if start <= w < stop]
-            logits = self.step(tokens[start:stop], positions[start:stop], sequences[start:stop], part)
+            logits = self.step(
+                tokens[start:stop], positions[start:stop], sequences[start:stop], part
+            )
             if part:
                 rows.append(logits.copy() if len(tokens) > n_ubatch else logits)
         return rows[0] if len(rows) == 1 else np.concatenate(rows)
@@ -203,7 +205,7 @@ def _inputs(plan: ContextPlan, n_rope: int, cache: Cache) -> dict[str, npt.NDArr
     named: dict[str, npt.NDArray[np.generic]] = {
         name: np.zeros(n, np.int32) for name in ("tokens", "pos", "seq", "cells", "out_rows")
     }
+    named["slot_index"] = np.arange(FEW_TOKENS * max(1, plan.n_expert_used), dtype=np.int32)
     named["rope"] = np.zeros((n, n_rope), np.float32)
     named["cell_pos"], named["cell_seq"] = cache.pos, cache.seq
     return named
-

@@ -22,8 +22,8 @@ class Dim(Enum):
 Size = int | Dim
 Bounds = Mapping[Dim, int]
 # Storage of a node: plain numbers; a8 = quantised activation rows (codegen/kernels/activations.py);
-# routing = expert ids and weights per slot; groups = the slots sorted by expert, behind the
-# n_expert + 1 places where each expert's slots begin.
+# routing = expert ids and weights per slot; groups = the slots sorted by expert (layouts:
+# graph/lower_moe.py).
 _ELEMENT_BYTES = {"f32": 4, "i32": 4, "f16": 2}
 
 
@@ -62,7 +62,7 @@ class Node:
         if self.dtype == "routing":
             return 2 * 4 * self.rows(bounds) * last
         if self.dtype == "groups":
-            return 4 * (self.attrs["n_expert"] + 1 + self.rows(bounds) * last)
+            return 4 * (int(self.attrs["n_expert"]) + 1 + 2 * self.rows(bounds) * last)
         return self.rows(bounds) * last * _ELEMENT_BYTES[self.dtype]
 
     def __repr__(self) -> str:

@@ -68,30 +68,34 @@ def make_plan(
 ) -> Plan:
     """Lay out all results of a graph. Nodes named in `keep` are never overwritten (for dumps)."""
     last_use = _last_uses(graph, keep)
+    sizes = {owner: _aligned(owner.nbytes(bounds)) for owner in last_use}
     gaps, offsets, scratch = _Gaps(), {}, {}
     ending: dict[int, list[Node]] = {}
     for owner, last in last_use.items():
         ending.setdefault(last, []).append(owner)
     for node in graph.operations:
-        if node.storage is node and node in last_use:
-            offsets[node.index] = gaps.take(_aligned(node.nbytes(bounds)))
+        if node in last_use:
+            offsets[node.index] = gaps.take(sizes[node])
         n_scratch = _aligned(scratch_bytes(node))
         if n_scratch:
             scratch[node.index] = gaps.take(n_scratch)
             gaps.give_back(scratch[node.index], n_scratch)
         for owner in ending.get(node.index, []):
-            gaps.give_back(offsets[owner.index], _aligned(owner.nbytes(bounds)))
+            gaps.give_back(offsets[owner.index], sizes[owner])
     return Plan(gaps.size, offsets, scratch)
 
 
 def _last_uses(graph: Graph, keep: Collection[str]) -> dict[Node, int]:
     """Arena-owned nodes -> index of the op after which their memory is free."""
     never = len(graph.nodes)
-    outside = {n.storage for n in graph.outputs}
+    owner_of: dict[Node, Node] = {}  # Node.storage, without walking long chains again and again
+    for node in graph.nodes:
+        owner_of[node] = node if node.inplace is None else owner_of[node.inputs[node.inplace]]
+    outside = {owner_of[n] for n in graph.outputs}
     last: dict[Node, int] = {}
     for node in graph.operations:
         for used in (*node.inputs, node):
-            owner = used.storage
+            owner = owner_of[used]
             if not owner.is_leaf and owner not in outside:
                 kept = used.name in keep or last.get(owner) == never
                 last[owner] = never if kept else node.index

@@ -169,7 +169,7 @@ def _plain(
         n = min(per_slice, c.n_head - first)
         tag = f"-{layer}" if n == c.n_head else f"-{layer}.{first}"
         kq_inputs = (q, k, *_cells(b)) + ((w_uk,) if w_uk else ())
-        heads: dict[str, Any] = {"first": first, "path": path, "heads": b.heads, "n_ctx": b.options.n_ctx}
+        heads: dict[str, Any] = {"first": first, "path": path, "heads": b.heads}
         shape = (n, T, Dim.N_KV)
         kq = g.add("kq", "f32", shape, *kq_inputs, name="kq" + tag, **heads)
         p = g.add("soft_max", "f32", shape, kq, name="soft_max" + tag, inplace=0)

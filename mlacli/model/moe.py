@@ -6,6 +6,7 @@ MoE    x + shared expert(h) + sum over the chosen experts of weight_e * expert_e
 
 from __future__ import annotations
 
+from codegen.kernels.router import Routing
 from mlacli.graph.node import Node
 from mlacli.model.layers import Builder, linear, rms_norm
 
@@ -38,7 +39,8 @@ def experts(b: Builder, layer: int, h: Node, x: Node) -> Node:
     bias = blk + "exp_probs_b.bias"
     inputs = [logits] + ([b.tensor(bias)] if b.weights.has(bias) else [])
     slots = (h.shape[0], c.n_expert_used)
-    routing = g.add("route", "routing", slots, *inputs, name=f"ffn_moe_topk-{layer}")
+    name = f"ffn_moe_topk-{layer}"
+    routing = g.add("route", "routing", slots, *inputs, name=name, routing=rule(b, len(inputs) > 1))
     gate, up, down = (b.tensor(f"{blk}ffn_{part}_exps.weight") for part in ("gate", "up", "down"))
     act = b.activations(h, gate)
     tables: tuple[Node, ...] = (routing,)
@@ -66,5 +68,25 @@ def experts(b: Builder, layer: int, h: Node, x: Node) -> Node:
     hidden = b.activations(hidden, down)
     wide, name = (*slots, c.n_embd), f"ffn_moe_down-{layer}"
     z = g.add("moe_matmul", "f32", wide, down, hidden, tables[0], name=name)
-    name, inplace = f"ffn_moe_out-{layer}", 1 + len(tables)
-    return g.add("moe_sum", "f32", x.shape, z, *tables, x, name=name, inplace=inplace)
+    if b.options.few:  # rows lie by slot, not sorted
+        tables = (b.input("slot_index", "i32", *slots), routing)
+    name = f"ffn_moe_out-{layer}"
+    return g.add("moe_sum", "f32", x.shape, z, *tables, x, name=name, inplace=3)
+
+
+def rule(b: Builder, biased: bool) -> Routing:
+    """How this model chooses experts, with -ser."""
+    c, (ser_min, ser_threshold) = b.config, b.options.ser or (0, 0.0)
+    return Routing(
+        n_expert=c.n_expert,
+        n_used=c.n_expert_used,
+        gating=c.gating,
+        biased=biased,
+        n_group=c.n_group,
+        n_group_used=c.n_group_used,
+        group_score=c.group_score,
+        normalise=c.expert_weights_norm,
+        scale=c.expert_weights_scale,
+        ser_min=ser_min,
+        ser_threshold=ser_threshold,
+    )
