@@ -255,7 +255,7 @@ def flash_attn(
     with k.tiles(n_blocks * splits.count) as item:
         # The last tokens see the most cells: the longest items go out first.
         index, split = n_blocks - 1 - item // splits.count, item % splits.count
-        block = open_block(k, sizes, w, cells, q, n_tokens, index)
+        block = open_block(k, sizes, w, cells, lambda r: q.at(r * d_k), n_tokens, index)
         clear_state(k, sizes, w)
         start = split * splits.cells
         stop = k.minimum(start + splits.cells, n_kv)

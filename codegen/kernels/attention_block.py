@@ -151,9 +151,18 @@ class Rows:
 
 
 def open_block(
-    k: Kernel, sizes: Sizes, w: Workspace, cells: Cells, q: Pointer, n_tokens: Value, index: Value
+    k: Kernel,
+    sizes: Sizes,
+    w: Workspace,
+    cells: Cells,
+    q_row: Callable[[Value], Pointer],
+    n_tokens: Value,
+    index: Value,
 ) -> Block:
-    """Block number `index` of the batch: packs its rows of q and fills row_pos and row_seq."""
+    """Block number `index` of the batch: packs its rows of q and fills row_pos and row_seq.
+
+    `q_row(row)` is the address of a row, counted over tokens and heads.
+    """
     size = sizes.block_rows
     if sizes.kind == ABSORBED:
         first, step = index * size, 1
@@ -168,16 +177,10 @@ def open_block(
         w.row_pos[i] = cells.pos[token]
         w.row_seq[i] = k.select(i < n_rows, cells.seq[token], NO_SEQUENCE)
     if size == 1:
-        copy_row(k, q.at(first * sizes.d_k), w.packed, sizes.d_k)
+        copy_row(k, q_row(first), w.packed, sizes.d_k)
     else:
-        tile.pack_rows(
-            k,
-            w.packed,
-            lambda i: q.at(block.row(i) * sizes.d_k),
-            n_rows,
-            width=sizes.d_k,
-            block_rows=size,
-        )
+        rows = (w.packed, lambda i: q_row(block.row(i)), n_rows)
+        tile.pack_rows(k, *rows, width=sizes.d_k, block_rows=size)
     return block
 
 
