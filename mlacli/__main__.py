@@ -32,17 +32,17 @@ def _flushed(code: int) -> int:
 
 def _guarded(action: Callable[[], int], debug: bool) -> int:
     """The one place where exceptions become exit codes."""
-    import click
+    import typer
 
     try:
         return action()
     except errors.MlaError as problem:
         return _fail(str(problem), problem.exit_code)
-    except click.exceptions.Exit as done:
+    except typer.Exit as done:
         return done.exit_code
-    except click.ClickException as problem:
+    except typer.TyperException as problem:
         return _fail(problem.format_message(), errors.EXIT_USAGE)
-    except (KeyboardInterrupt, click.Abort):
+    except (KeyboardInterrupt, typer.Abort):
         return errors.EXIT_SIGINT
     except BrokenPipeError:
         return errors.EXIT_SIGPIPE

@@ -27,6 +27,11 @@ class Environment:
         return os.environ.get("MLACLI_DEBUG", "0") not in ("", "0")
 
     @property
+    def completes(self) -> bool:
+        """Whether a shell asks for completions; the name and the protocol are typer's."""
+        return bool(os.environ.get("_MLACLI_COMPLETE"))
+
+    @property
     def cache_dir(self) -> Path | None:
         """Folder for what may be thrown away; None when no absolute path can be found.
 

@@ -4,36 +4,45 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated
 
-import click
+import typer
+from typer.core import TyperGroup, TyperOption
+from typer.main import get_command
 
 from mlacli import __version__
-from mlacli.cli.options import DEBUG_HELP, HELP_NAMES
+from mlacli.cli import console
+from mlacli.cli.options import DEBUG, HELP_NAMES
+from mlacli.debug import ENV
 from mlacli.errors import UsageError
 
-# Each is `command` in a module of its name. The summaries stand here so that help loads none.
+if TYPE_CHECKING:
+    from typer._click import Command, Context, HelpFormatter
+
+# Each is the app of a module of its name. The summaries stand here so that help loads none.
 COMMANDS = {
     "run": "Answer a prompt.",
     "bench": "Measure the speed of every combination of flags.",
     "report": "Show what a model needs: cache, buffers, work per token.",
 }
+_COMPLETION = ("--install-completion", "--show-completion")
 
 
-class Commands(click.Group):
+class Commands(TyperGroup):
     """Subcommands by name, imported when asked for."""
 
-    def list_commands(self, ctx: click.Context) -> list[str]:
+    def list_commands(self, ctx: Context) -> list[str]:
         return list(COMMANDS)
 
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+    def get_command(self, ctx: Context, cmd_name: str) -> Command | None:
         if cmd_name not in COMMANDS:
             return None
-        command = importlib.import_module(f"mlacli.cli.{cmd_name}").command
-        assert isinstance(command, click.Command)
-        return command
+        return get_command(importlib.import_module(f"mlacli.cli.{cmd_name}").app)
 
-    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        known = (*HELP_NAMES, "--version", "--debug")
+    def parse_args(self, ctx: Context, args: list[str]) -> list[str]:
+        if ctx.resilient_parsing:  # a shell asks what could follow
+            return super().parse_args(ctx, args)
+        known = (*HELP_NAMES, "--version", "--debug", *_COMPLETION)
         first = next((word for word in args if word not in known), None)
         if first is not None and first.startswith("-"):
             raise UsageError(f"{first}: comes after a command, as in: mlacli run {first} ...")
@@ -41,24 +50,60 @@ class Commands(click.Group):
             raise UsageError(f"{first!r}: no such command (one of {', '.join(COMMANDS)})")
         return super().parse_args(ctx, args or ["--help"])
 
-    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+    def format_commands(self, ctx: Context, formatter: HelpFormatter) -> None:
         with formatter.section("Commands"):
             formatter.write_dl(list(COMMANDS.items()))
 
+    def get_help_option_names(self, ctx: Context) -> list[str]:
+        return HELP_NAMES
 
-def build() -> Commands:
-    """The whole command line."""
-    return Commands(
-        "mlacli",
-        help="Run DeepSeek-style MLA models (GGUF) on CPUs.",
-        context_settings={"help_option_names": HELP_NAMES},
-        params=[click.Option(["--debug"], is_flag=True, expose_value=False, help=DEBUG_HELP)],
+    def get_help_option(self, ctx: Context) -> TyperOption | None:
+        option = super().get_help_option(ctx)
+        if option is not None:
+            option.default = False  # typer has None, which only pydantic could read
+        return option
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        console.write(f"mlacli {__version__}\n")
+        raise typer.Exit
+
+
+def _mlacli(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version",
+            help="Show the version and exit.",
+            callback=_show_version,
+            is_eager=True,
+            show_default=False,
+        ),
+    ] = False,
+    debug: Annotated[bool, DEBUG] = False,
+) -> None:
+    """Run DeepSeek-style MLA models (GGUF) on CPUs."""
+
+
+def build(*, completion: bool = False) -> Commands:
+    """The whole command line; `completion` adds typer's flags for shells, which cost time."""
+    app = typer.Typer(
+        cls=Commands,
+        callback=_mlacli,
+        add_completion=completion,
+        rich_markup_mode=None,
+        pretty_exceptions_enable=False,
     )
+    group = get_command(app)
+    assert isinstance(group, Commands)
+    return group
 
 
 def run(argv: Sequence[str]) -> int:
     """Parse `argv`, run the command, return its exit code. Errors come out as exceptions."""
-    group = build()
-    click.version_option(__version__, message="mlacli %(version)s")(group)
+    group = build(completion=ENV.completes or COMMANDS.keys().isdisjoint(argv))
+    if ENV.completes:
+        group.main(list(argv), prog_name="mlacli")
     with group.make_context("mlacli", list(argv)) as ctx:
         return group.invoke(ctx) or 0

@@ -2,83 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from inspect import Parameter
 from itertools import chain
 from pathlib import Path
-from typing import Any
-
-import click
+from typing import Annotated, Any
 
 from mlacli import bench as benching
 from mlacli.bench_table import WRITERS
 from mlacli.cli import console
-from mlacli.cli.flags import MODEL
-from mlacli.cli.options import Flag, StrictCommand
-from mlacli.limits import Choice, Limit, Switch, parse_list, parse_pairs
+from mlacli.cli.flags import DEMO_MODEL, MODEL, NO_FLASH_ATTENTION
+from mlacli.cli.options import StrictCommand, flag, new_app, parameter, takes
+from mlacli.limits import Choice, Limit, Rule, Switch, parse_list, parse_pairs
 from mlacli.settings import RunSettings, default_model, rules
 
 TESTS, VALUES, OUTPUT = "Tests", "Lists of values (1,2,4 or 1-8 or 1-9+2 or 1-64*2)", "Output"
 _MAX_TOKENS = 1 << 24
 _REPETITIONS = Limit("-r", 1, 10_000)
+_WARMUP = Switch("-w")
 _FORMAT = Choice("-o", tuple(WRITERS))
+app = new_app()
 
-
-def bench(**values: Any) -> int:
-    """Measure prompt processing and generation for every combination of the values given."""
-    cases = benching.cases(_grid(values))
-
-    from mlacli.bench_runner import EngineRunner
-
-    runner = EngineRunner(
-        repetitions=values["repetitions"],
-        warmup=values["warmup"],
-        roof=values["roof"],
-        verbose=values["verbose"],
-    )
-    rows: list[benching.BenchRow] = []
-    try:
-        for row in benching.run_cases(cases, runner):
-            rows.append(row)
-            console.note(f"{len(rows)}/{len(cases)}: {row.case.test} {row.error or 'done'}")
-    finally:  # what was measured is shown even when the rest is stopped
-        if rows:
-            console.write(WRITERS[values["format"]](rows, values["roof"]))
-    return int(any(row.error for row in rows))
-
-
-def _grid(values: dict[str, Any]) -> benching.Grid:
-    tests = {
-        name: tuple(_joined(values[name]))
-        for name in ("n_prompt", "n_gen", "prompt_gen", "fill_gen", "n_depth")
-        if values[name]
-    }
-    return benching.Grid(
-        models=values["models"] or (default_model(),),
-        axes={name: _joined(values[name]) for name in benching.AXES},
-        **tests,
-    )
-
-
-def _joined(lists: Sequence[list[Any]]) -> list[Any]:
-    """What several uses of a flag gave together."""
-    return list(chain.from_iterable(lists))
-
-
-def _list(names: str, section: str, placeholder: str, text: str, parse: Any, **rest: Any) -> Flag:
-    return Flag(names, section, metavar=placeholder, help=text, type=parse, multiple=True, **rest)
-
-
-def _test(names: str, field: str, text: str) -> Flag:
-    limit = Limit(names.split()[0], 0, _MAX_TOKENS)
-    return _list(f"{names} {field}", TESTS, "N", text, lambda words: parse_list(limit, words))
-
-
-def _pair(names: str, field: str, text: str) -> Flag:
-    limit = Limit(names.split()[0], 0, _MAX_TOKENS)
-    return _list(f"{names} {field}", TESTS, "P,N", text, lambda words: parse_pairs(limit, words))
-
-
-_AXIS_NAMES = {
+# field: (names, placeholder, default, help); all may be repeated
+_TESTS = {
+    "n_prompt": ("-p --n-prompt", "N", "512", "Prompt of N tokens; 0: no such test."),
+    "n_gen": ("-n --n-gen", "N", "128", "Generation of N tokens; 0: no such test."),
+    "prompt_gen": ("-pg", "P,N", "", "Prompt and generation, timed together."),
+    "fill_gen": ("-gp", "P,N", "", "Generation after a prompt that is not timed."),
+    "n_depth": ("-d --n-depth", "N", "0", "Tokens already in the cache."),
+}
+_AXES = {
     "n_batch": "-b --batch-size",
     "n_ubatch": "-ub --ubatch-size",
     "type_k": "-ctk --cache-type-k",
@@ -95,71 +48,92 @@ _AXIS_NAMES = {
 }
 
 
-def _axis(field: str) -> Flag:
-    rule = rules(RunSettings)[field]
-    switch = isinstance(rule, Switch)
-    placeholder = "0|1" if switch else "K,T;..." if field == "ser" else "LIST"
-    text = "" if field == "n_threads" else f"[{_default(getattr(RunSettings, field))}]"
-    return _list(
-        f"{_AXIS_NAMES[field]} {field}",
-        VALUES,
-        placeholder,
-        text or "[physical cores]",
-        lambda words: parse_list(rule, words),
-        bare="1" if switch else None,
-    )
+class BenchCommand(StrictCommand):
+    rewrites = NO_FLASH_ATTENTION | {
+        "--no-warmup": "-w 0",
+        "--no-mmap": "-mmp 0",
+        "-no-fmoe": "-fmoe 0",
+    }
 
 
-def _default(value: object) -> str:
-    return "off" if value is None else str(int(value) if isinstance(value, bool) else value)
+def _test(field: str) -> Parameter:
+    names, placeholder, default, text = _TESTS[field]
+    return parameter(field, flag(names, TESTS, placeholder, text, default), list[str] | None)
 
 
-command = StrictCommand(
-    "bench",
-    callback=bench,
-    help=bench.__doc__,
-    rewrites={"--no-warmup": "-w 0", "--no-mmap": "-mmp 0", "-no-fmoe": "-fmoe 0"},
-    params=[
-        Flag(
-            "-m --model models",
-            MODEL,
-            metavar="FILE",
-            multiple=True,
-            type=click.Path(path_type=Path),
-            help="GGUF file; may be repeated [a small model that comes with mlacli]",
-        ),
-        _test("-p --n-prompt", "n_prompt", "Prompt of N tokens; 0: no such test. [512]"),
-        _test("-n --n-gen", "n_gen", "Generation of N tokens; 0: no such test. [128]"),
-        _pair("-pg", "prompt_gen", "Prompt and generation, timed together."),
-        _pair("-gp", "fill_gen", "Generation after a prompt that is not timed."),
-        _test("-d --n-depth", "n_depth", "Tokens already in the cache. [0]"),
-        *map(_axis, benching.AXES),
-        Flag(
-            "-r --repetitions repetitions",
-            OUTPUT,
-            metavar="N",
-            default=5,
-            type=lambda text: _REPETITIONS.parse(str(text)),
-            help="Times that each test is run. [5]",
-        ),
-        Flag(
-            "-w --warmup warmup",
-            OUTPUT,
-            metavar="0|1",
-            bare="1",
-            default="1",
-            type=Switch("-w").parse,
-            help="Run each test once before the clock starts. [1]",
-        ),
-        Flag("--roof roof", OUTPUT, is_flag=True, help="Measure the machine; column `limit`."),
-        Flag(
-            "-o --output format",
-            OUTPUT,
-            metavar="|".join(WRITERS),
-            default="md",
-            type=_FORMAT.parse,
-            help="Format of the table. [md]",
-        ),
-        Flag("-v --verbose verbose", OUTPUT, is_flag=True, help="Say more on stderr."),
-    ],
+def _axis(field: str) -> Parameter:
+    placeholder = "LIST"
+    if isinstance(rules(RunSettings)[field], Switch):
+        placeholder = "[1|0]"
+    elif field == "ser":
+        placeholder = "K,T;..."
+    default = getattr(RunSettings, field, "physical cores")
+    option = flag(_AXES[field], VALUES, placeholder, "", _shown(default))
+    return parameter(field, option, list[str] | None)
+
+
+def _shown(default: object) -> str:
+    return "off" if default is None else str(int(default) if isinstance(default, bool) else default)
+
+
+_MODEL = parameter(
+    "model",
+    flag("-m --model", MODEL, "FILE", "GGUF file; may be repeated.", DEMO_MODEL),
+    list[str] | None,
 )
+_REPEAT = flag("-r --repetitions", OUTPUT, "N", "Times that each test is run.", "5")
+_WARM = flag("-w --warmup", OUTPUT, "[1|0]", "Run each test once before the clock starts.", "1")
+_ROOF = flag("--roof", OUTPUT, "", "Measure the machine; column `limit`.")
+_OUTPUT = flag("-o --output", OUTPUT, "|".join(WRITERS), "Format of the table.", "md")
+_VERBOSE = flag("-v --verbose", OUTPUT, "", "Say more on stderr.")
+
+
+@app.command("bench", cls=BenchCommand)
+@takes([_MODEL, *map(_test, _TESTS), *map(_axis, benching.AXES)], first=True)
+def bench(
+    repetitions: Annotated[str, _REPEAT] = "5",
+    warmup: Annotated[str, _WARM] = "1",
+    roof: Annotated[bool, _ROOF] = False,
+    output: Annotated[str, _OUTPUT] = "md",
+    verbose: Annotated[bool, _VERBOSE] = False,
+    **values: Any,
+) -> int:
+    """Measure prompt processing and generation for every combination of the values given."""
+    cases = benching.cases(_grid(values))
+    format = WRITERS[_FORMAT.parse(output)]
+    n, warm = _REPETITIONS.parse(repetitions), _WARMUP.parse(warmup)
+
+    from mlacli.bench_runner import EngineRunner
+
+    runner = EngineRunner(repetitions=n, warmup=warm, roof=roof, verbose=verbose)
+    rows: list[benching.BenchRow] = []
+    try:
+        for row in benching.run_cases(cases, runner):
+            rows.append(row)
+            console.note(f"{len(rows)}/{len(cases)}: {row.case.test} {row.error or 'done'}")
+    finally:  # what was measured is shown even when the rest is stopped
+        if rows:
+            console.write(format(rows, roof))
+    return int(any(row.error for row in rows))
+
+
+def _grid(values: Mapping[str, Any]) -> benching.Grid:
+    """Raises UsageError."""
+    tests = {}
+    for field in (field for field in _TESTS if values[field]):
+        limit = Limit(_TESTS[field][0].split()[0], 0, _MAX_TOKENS)
+        parse = parse_pairs if field in ("prompt_gen", "fill_gen") else parse_list
+        tests[field] = _joined(parse, limit, values[field])
+    limits = rules(RunSettings)
+    axes = {
+        field: _joined(parse_list, limits[field], values[field])
+        for field in benching.AXES
+        if values[field]
+    }
+    files = tuple(map(Path, values["model"] or ())) or (default_model(),)
+    return benching.Grid(models=files, axes=axes, **tests)
+
+
+def _joined(parse: Callable[..., list[Any]], rule: Rule, texts: Sequence[str]) -> tuple[Any, ...]:
+    """What several uses of a flag give together."""
+    return tuple(chain.from_iterable(parse(rule, text) for text in texts))

@@ -5,19 +5,18 @@ Names are llama.cpp's and ik_llama.cpp's. Limits and defaults are those of the s
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import inspect
+from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, Field, fields
 from pathlib import Path
 from typing import Any
 
-import click
-
-from mlacli.cli.options import Flag
-from mlacli.limits import Switch
-from mlacli.settings import Request, RunSettings, SamplingSettings, fitted
+from mlacli.cli.options import flag, parameter
+from mlacli.settings import RunSettings, fitted
 
 MODEL, ATTENTION, SAMPLING, PROMPT = "Model and memory", "Attention", "Sampling", "Prompt"
-
+DEMO_MODEL = "a small model that comes with mlacli"
+NO_FLASH_ATTENTION = {"-no-fa": "-fa off", "--no-flash-attn": "-fa off"}
 
 # field: (section, names, placeholder, help)
 _TEXT: dict[str, tuple[str, str, str, str]] = {
@@ -51,7 +50,7 @@ _TEXT: dict[str, tuple[str, str, str, str]] = {
         "N",
         "Batches of N tokens and more are expanded (-mla 2 and 3); 1: all.",
     ),
-    "flash_attn": (ATTENTION, "-fa --flash-attn", "on|off|auto", "Flash attention."),
+    "flash_attn": (ATTENTION, "-fa --flash-attn", "[on|off|auto]", "Flash attention."),
     "type_k": (ATTENTION, "-ctk --cache-type-k", "TYPE", "Type of the K cache."),
     "type_v": (ATTENTION, "-ctv --cache-type-v", "TYPE", "Type of the V cache (-mla 0)."),
     "amb_mib": (
@@ -76,7 +75,7 @@ _TEXT: dict[str, tuple[str, str, str, str]] = {
     "ignore_eos": (SAMPLING, "--ignore-eos", "", "Go on after the end token."),
 }
 _SHOWN_DEFAULT = {
-    "model": "a small model that comes with mlacli",
+    "model": DEMO_MODEL,
     "n_ctx": "what fits, at most 4096",
     "n_threads": "physical cores",
     "n_threads_batch": "-t",
@@ -86,7 +85,7 @@ _SHOWN_DEFAULT = {
 
 
 def shown_default(field: Field[Any]) -> str:
-    """The text in brackets at the end of a flag's help."""
+    """The default as help and docs show it."""
     if field.name in _SHOWN_DEFAULT:
         return _SHOWN_DEFAULT[field.name]
     if isinstance(field.default, bool):
@@ -94,37 +93,29 @@ def shown_default(field: Field[Any]) -> str:
     return "" if field.default is MISSING else str(field.default)
 
 
-def _flag(field: Field[Any]) -> Flag:
-    section, names, placeholder, text = _TEXT[field.name]
-    rule = field.metadata.get("rule")
-    attributes: dict[str, Any] = {"metavar": placeholder or None}
-    if not placeholder:
-        attributes["is_flag"] = True
-    elif rule is None:
-        attributes["type"] = click.Path(path_type=Path)
-    else:
-        attributes["type"] = lambda text: rule.parse(text)
-    if isinstance(rule, Switch):
-        attributes["bare"] = "on"
-    help_text = f"{text} [{shown_default(field)}]"
-    return Flag(f"{names} {field.name}", section, default=None, help=help_text, **attributes)
+def flags_of(*owners: type[Any]) -> Iterator[inspect.Parameter]:
+    """A parameter for each field of these settings classes that has a flag; None: not given."""
+    for field in (field for owner in owners for field in fields(owner)):
+        if field.name in _TEXT:
+            section, names, placeholder, text = _TEXT[field.name]
+            option = flag(names, section, placeholder, text, shown_default(field))
+            yield parameter(field.name, option, str | None if placeholder else bool | None)
 
 
-def flags_of(owner: type[Any]) -> list[Flag]:
-    """A fresh list of the flags for a settings class's fields."""
-    return [_flag(field) for field in fields(owner) if field.name in _TEXT]
-
-
-def _given(owner: type[Any], values: Mapping[str, Any]) -> dict[str, Any]:
-    return {f.name: values[f.name] for f in fields(owner) if values.get(f.name) is not None}
+def given(owner: type[Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """Field name -> value of the flags of `owner` that were given. Raises UsageError."""
+    found = {}
+    for field in fields(owner):
+        value = values.get(field.name)
+        if value is not None:
+            rule = field.metadata.get("rule")
+            found[field.name] = rule.parse(value) if rule and isinstance(value, str) else value
+    return found
 
 
 def run_settings(values: Mapping[str, Any]) -> RunSettings:
-    """What `flags_of(RunSettings)` parsed. Raises UsageError."""
-    return fitted(**_given(RunSettings, values))
-
-
-def request(values: Mapping[str, Any], prompt: str) -> Request:
-    """What `flags_of(Request)` and `flags_of(SamplingSettings)` parsed. Raises UsageError."""
-    sampling = SamplingSettings(**_given(SamplingSettings, values))
-    return Request(**_given(Request, values) | {"prompt": prompt, "sampling": sampling})
+    """What the flags of RunSettings say. Raises UsageError."""
+    found = given(RunSettings, values)
+    if "model" in found:
+        found["model"] = Path(found["model"])
+    return fitted(**found)

@@ -1,119 +1,206 @@
-"""Flags: their spelling, their help, and argv in the many forms that people write it.
+"""Flags: how a command declares them, how argv is read, how help shows them.
 
-click does the parsing. (typer coerces values through pydantic, which adds 0.1 s to every run.)
-llama.cpp's flags have several letters behind one dash, which getopt rules would take apart
-(`-ub256` as `-u -b 256`), so `normalise` first brings argv into one form and refuses the rest.
+typer declares, dispatches and completes. Reading argv is ours, for two reasons. llama.cpp's flags
+have several letters behind one dash, which getopt rules would take apart (`-ub256` as `-u -b 256`).
+And typer hands every value to pydantic, which takes 0.1 s to import: here a command gets values as
+they were typed, and the rules of limits.py read them.
 """
 
 from __future__ import annotations
 
 import difflib
+import inspect
 import re
 from collections import deque
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, TypeVar
 
-import click
+import typer
+from typer.core import TyperCommand, TyperOption
 
 from mlacli.errors import UsageError
 
-DEBUG_HELP = "After an internal error, print where it happened."
-HELP_NAMES = ("-h", "--help", "--usage")
+if TYPE_CHECKING:
+    from typer._click import Context, HelpFormatter
+
+HELP_NAMES = ["-h", "--help", "--usage"]
+OTHER = "Other"
+_Command = TypeVar("_Command", bound=Callable[..., Any])
+_Flags = Mapping[str, TyperOption | None]  # by name; None for help and for rewritten names
 
 
-class Flag(click.Option):
-    """An option with a section in the help; `bare` is its value when none follows."""
+def flag(names: str, section: str, placeholder: str, text: str, default: str = "") -> Any:
+    """A typer option: `names` are split by spaces, `default` is only shown.
 
-    def __init__(
-        self, names: str, section: str, *, bare: str | None = None, **attributes: Any
-    ) -> None:
-        super().__init__(names.split(), **attributes)
-        self.section = section
-        self.bare = bare
+    A placeholder in brackets (`[on|off]`) is a value that may be left out: then it is the first
+    of these words. None at all: the flag takes no value.
+    """
+    return typer.Option(
+        *names.split(),
+        metavar=placeholder or None,
+        help=text,
+        show_default=default or False,
+        rich_help_panel=section,
+    )
 
 
-class StrictCommand(click.Command):
-    """A command that parses a normalised argv and lists its flags by section.
+def parameter(
+    name: str, option: Any, kind: Any = str | None, default: object = None
+) -> inspect.Parameter:
+    """A command's parameter that is set by `option`."""
+    annotation = Annotated[kind, option]
+    only = inspect.Parameter.KEYWORD_ONLY
+    return inspect.Parameter(name, only, default=default, annotation=annotation)
 
-    `rewrites` maps a flag to the words that stand for it (`-no-fa` -> `-fa off`).
+
+DEBUG = flag("--debug", OTHER, "", "After an internal error, print where it happened.")
+
+
+def takes(
+    parameters: Iterable[inspect.Parameter], *, first: bool = False
+) -> Callable[[_Command], _Command]:
+    """Decorator: these parameters are a command's `**values`.
+
+    In help they come after those that the command names itself, or before them with `first`.
     """
 
-    def __init__(self, name: str, *, rewrites: Mapping[str, str] | None = None, **rest: Any):
-        super().__init__(name, context_settings={"help_option_names": HELP_NAMES}, **rest)
-        self.params.append(
-            Flag("--debug", "Other", is_flag=True, expose_value=False, help=DEBUG_HELP)
-        )
-        self.rewrites = rewrites or {}
+    def decorate(function: _Command) -> _Command:
+        own = inspect.signature(function, eval_str=True)
+        named = [p.replace(kind=p.KEYWORD_ONLY) for p in own.parameters.values()][:-1]
+        debug = parameter("debug", DEBUG, bool, False)  # __main__ looks for it
+        every = [*parameters, *named] if first else [*named, *parameters]
+        function.__signature__ = own.replace(parameters=[*every, debug])  # type: ignore[attr-defined]
+        return function
 
-    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        return super().parse_args(ctx, normalise(args, self))
+    return decorate
 
-    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        sections: dict[str, list[tuple[str, str]]] = {}
-        for parameter in self.get_params(ctx):
-            record = parameter.get_help_record(ctx)
-            if record is not None:
-                sections.setdefault(getattr(parameter, "section", "Other"), []).append(record)
-        for section, records in sections.items():
+
+def new_app() -> typer.Typer:
+    """An app for one command, without anything that would load rich or pydantic."""
+    return typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+
+
+class StrictCommand(TyperCommand):
+    """A command that reads argv by the rules of `normalise` and lists its flags by section.
+
+    `rewrites` maps a flag to the words that stand for it (`-no-fa` -> `-fa off`); no words when
+    what it asks for is so anyway.
+    """
+
+    rewrites: ClassVar[Mapping[str, str]] = {}
+
+    def parse_args(self, ctx: Context, args: list[str]) -> list[str]:
+        if ctx.resilient_parsing:  # a shell asks what could follow
+            return super().parse_args(ctx, args)
+        flags = self.flags()
+        given = list(normalise(args, flags, self.rewrites))
+        if any(name in HELP_NAMES for name, _ in given):
+            return super().parse_args(ctx, ["--help"])
+        ctx.params |= {option.name: option.default for option in self.options()}
+        for name, value in given:
+            option = flags[name]
+            assert option is not None
+            if option.is_flag:
+                ctx.params[option.name] = name in option.opts
+            elif option.multiple:
+                ctx.params[option.name] = [*(ctx.params[option.name] or []), value]
+            else:
+                ctx.params[option.name] = value
+        return []
+
+    def options(self) -> Iterator[TyperOption]:
+        """The flags but for help, in the order of help."""
+        for option in self.params:
+            assert isinstance(option, TyperOption)
+            yield option
+
+    def flags(self) -> dict[str, TyperOption | None]:
+        """Every name that this command knows."""
+        found: dict[str, TyperOption | None] = dict.fromkeys([*HELP_NAMES, *self.rewrites])
+        for option in self.options():
+            found |= dict.fromkeys((*option.opts, *option.secondary_opts), option)
+        return found
+
+    def format_options(self, ctx: Context, formatter: HelpFormatter) -> None:
+        for section, rows in self.sections().items():
             with formatter.section(section):
-                formatter.write_dl(records)
+                formatter.write_dl(
+                    [
+                        (names, f"{text} [{default}]" if default else text)
+                        for names, default, text in rows
+                    ]
+                )
+
+    def sections(self) -> dict[str, list[tuple[str, str, str]]]:
+        """Section -> (names and placeholder, default, meaning) of its flags, for help and docs."""
+        found: dict[str, list[tuple[str, str, str]]] = {}
+        for option in self.options():
+            default = option.show_default if isinstance(option.show_default, str) else ""
+            row = (_names(option), default, option.help or "")
+            found.setdefault(option.rich_help_panel or OTHER, []).append(row)
+        found.setdefault(OTHER, []).append((", ".join(HELP_NAMES), "", "Show this and exit."))
+        same: dict[str, list[str]] = {}
+        for name, words in self.rewrites.items():
+            same.setdefault(words, []).append(name)
+        for words, names in same.items():
+            text = f"The same as {words}." if words else "Accepted: it is so anyway."
+            found[OTHER].append((", ".join(names), "", text))
+        return found
+
+    def get_help_option_names(self, ctx: Context) -> list[str]:
+        return HELP_NAMES
 
 
-def normalise(argv: Sequence[str], command: StrictCommand) -> list[str]:
-    """argv with `name value` pairs only, long names with `-`, and bare flags given their value.
+def _names(option: TyperOption) -> str:
+    names = ", ".join(option.opts)
+    if option.secondary_opts:
+        names += " / " + ", ".join(option.secondary_opts)
+    return names if option.is_flag else f"{names} {option.metavar}"
+
+
+def normalise(
+    argv: Sequence[str], flags: _Flags, rewrites: Mapping[str, str]
+) -> Iterator[tuple[str, str | None]]:
+    """(name, value or None) of every flag in argv; names as declared, bare flags with a value.
 
     Raises UsageError for an unknown flag, a missing value, a value where none belongs, an
     attached value (`-ub256`) and a word that belongs to no flag.
     """
-    flags = _flags_by_name(command)
-    words, done = deque(argv), list[str]()
+    words = deque(argv)
     while words:
         name, value = _split(words.popleft(), flags)
-        if name in command.rewrites and value is None:
-            done += command.rewrites[name].split()
-        elif name in HELP_NAMES:
-            done.append(name)
-        else:
-            done += _with_value(name, value, flags, words)
-    return done
-
-
-def _flags_by_name(command: StrictCommand) -> dict[str, click.Option | None]:
-    flags: dict[str, click.Option | None] = dict.fromkeys([*HELP_NAMES, *command.rewrites])
-    for option in command.params:
-        assert isinstance(option, click.Option)
-        flags |= dict.fromkeys((*option.opts, *option.secondary_opts), option)
-    return flags
-
-
-def _with_value(
-    name: str, value: str | None, flags: dict[str, click.Option | None], words: deque[str]
-) -> list[str]:
-    option = flags[name]
-    assert option is not None
-    if option.is_flag:
-        if value is not None:
+        option = flags[name]
+        if option is not None and not option.is_flag:
+            yield name, _value(name, value, option, flags, words)
+        elif value is not None:
             raise UsageError(f"{name}: takes no value (got {value!r})")
-        return [name]
-    if value is None:
-        bare = getattr(option, "bare", None)
-        follows = words[0] if words else None
-        if bare is not None and (follows is None or follows.startswith("-")):
-            value = bare
-        elif follows is None:
-            raise UsageError(f"{name}: needs a value")
-        elif _long(follows) in flags:
-            raise UsageError(f"{name}: needs a value, but the flag {follows} follows")
+        elif name in rewrites:
+            words.extendleft(reversed(rewrites[name].split()))
         else:
-            value = words.popleft()
-    return [name, value]
+            yield name, None
+
+
+def _value(
+    name: str, value: str | None, option: TyperOption, flags: _Flags, words: deque[str]
+) -> str:
+    if value is not None:
+        return value
+    optional = re.match(r"\[(\w+)", option.metavar or "")
+    follows = words[0] if words else None
+    if optional and (follows is None or follows.startswith("-")):
+        return optional[1]
+    if follows is None:
+        raise UsageError(f"{name}: needs a value")
+    if _long(follows) in flags:
+        raise UsageError(f"{name}: needs a value, but the flag {follows} follows")
+    return words.popleft()
 
 
 def _long(word: str) -> str:
     return word.replace("_", "-") if word.startswith("--") else word
 
 
-def _split(word: str, flags: Mapping[str, object]) -> tuple[str, str | None]:
+def _split(word: str, flags: _Flags) -> tuple[str, str | None]:
     """(flag, value attached to it or None)."""
     if not word.startswith("-") or word in ("-", "--"):
         raise UsageError(f"{word!r}: belongs to no flag (a value with spaces needs quotes)")

@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
 from mlacli.cli import console
-from mlacli.cli.flags import MODEL, flags_of, run_settings
-from mlacli.cli.options import Flag, StrictCommand
+from mlacli.cli.flags import MODEL, NO_FLASH_ATTENTION, flags_of, run_settings
+from mlacli.cli.options import StrictCommand, flag, new_app, takes
 from mlacli.settings import RunSettings, notes
 
+app = new_app()
 
-def report(**values: Any) -> int:
+
+class ReportCommand(StrictCommand):
+    rewrites = NO_FLASH_ATTENTION
+
+
+@app.command("report", cls=ReportCommand)
+@takes(flags_of(RunSettings))
+def report(
+    json: Annotated[bool, flag("--json", MODEL, "", "Print JSON.")] = False, **values: Any
+) -> int:
     """Print the cache and compute buffers, bytes per token and work per token of a model.
 
     Reads the file's headers only: no weight is touched.
@@ -21,17 +31,5 @@ def report(**values: Any) -> int:
 
     from mlacli.report import report_json, report_text
 
-    console.write(report_json(settings) if values["json"] else report_text(settings))
+    console.write(report_json(settings) if json else report_text(settings))
     return 0
-
-
-command = StrictCommand(
-    "report",
-    callback=report,
-    help=report.__doc__,
-    rewrites={"-no-fa": "-fa off", "--no-flash-attn": "-fa off"},
-    params=[
-        *flags_of(RunSettings),
-        Flag("--json json", MODEL, is_flag=True, help="Print JSON."),
-    ],
-)
