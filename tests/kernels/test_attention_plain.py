@@ -141,6 +141,7 @@ def test_kqv(target: Target, kind: str) -> None:
             "out": np.full((n_tokens, N_HEAD, d_v), np.nan, np.float32),
             "s": s,
             "vt": vt,
+            "n_tokens": n_tokens,
         }
         args |= {"vt_stride": n_ctx, "head_start": HEAD_START, "n_kv": n_kv}
         spec = kqv(kind=kind, n_head=N_HEAD, n_slice=N_SLICE, d_v=d_v, copied=copied)
