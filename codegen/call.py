@@ -35,7 +35,9 @@ class Call:
             zip(spec.params.items(), arguments, strict=True)
         ):
             if isinstance(given, np.ndarray) != (param.kind == "ptr"):
-                raise TypeError(f"{spec.name}: {name} is a {param.kind}, got {type(given).__name__}")
+                raise TypeError(
+                    f"{spec.name}: {name} is a {param.kind}, got {type(given).__name__}"
+                )
             if isinstance(given, np.ndarray):
                 self._args[slot] = given.ctypes.data
             elif param.kind == "dim":

@@ -50,7 +50,7 @@ def target_machine(target: Target) -> Any:
     llvm.initialize_all_asmprinters()
     made = llvm.Target.from_triple(target.triple)
     return made.create_target_machine(
-        cpu=target.cpu, features=target.features, opt=3, reloc="pic", codemodel="small"
+        cpu=target.cpu, features=target.features, opt=3, reloc="static", codemodel="large"
     )
 
 
@@ -125,4 +125,3 @@ def check_symbols(ir_text: str) -> None:
     for name in re.findall(r'^declare [^@]*@"?([\w.]+)"?', ir_text, re.MULTILINE):
         if not name.startswith("llvm.") and name not in EXTERNAL_SYMBOLS:
             raise ValueError(f"kernel calls {name}, which is not on the list of allowed symbols")
-
