@@ -15,6 +15,8 @@ from mlacli.errors import UsageError
 from mlacli.limits import Choice, ExpertReduction, Limit, Rule, Switch
 
 SAME_AS_THREADS = -1
+MAX_SEED = 2**32 - 1
+RANDOM_SEEDS = (-1, MAX_SEED)  # both stand for a seed drawn by the system, as in llama.cpp
 _MAX_INT = 2**31 - 1
 
 
@@ -105,7 +107,7 @@ def fitted(**given: Any) -> RunSettings:
 
 @dataclass(frozen=True)
 class SamplingSettings:
-    """How the next token is picked. Raises UsageError."""
+    """How the next token is picked; the defaults are llama.cpp's. Raises UsageError."""
 
     temp: float = field(default=0.8, metadata=_rule(Limit("--temp", 0, 1000, float)))  # 0: greedy
     top_k: int = field(default=40, metadata=_limit("--top-k", 0, _MAX_INT))  # 0: all
@@ -116,8 +118,8 @@ class SamplingSettings:
     )
     # -1: the whole context
     repeat_last_n: int = field(default=64, metadata=_limit("--repeat-last-n", -1, _MAX_INT))
-    # -1: a new seed each time, which the start-up lines name
-    seed: int = field(default=-1, metadata=_limit("-s", -1, 2**32 - 1))
+    # RANDOM_SEEDS: a new one each time, which the start-up lines name
+    seed: int = field(default=-1, metadata=_limit("-s", -1, MAX_SEED))
     ignore_eos: bool = False
 
     def __post_init__(self) -> None:

@@ -65,7 +65,7 @@ _TEXT: dict[str, tuple[str, str, str, str]] = {
     "min_p": (SAMPLING, "--min-p", "P", "Only tokens at least P times as likely as the best."),
     "repeat_penalty": (SAMPLING, "--repeat-penalty", "X", "Divides what was said before."),
     "repeat_last_n": (SAMPLING, "--repeat-last-n", "N", "Tokens it looks at; -1: the context."),
-    "seed": (SAMPLING, "-s --seed", "N", "-1: a new one each time."),
+    "seed": (SAMPLING, "-s --seed", "N", "-1 (or 4294967295): a new one each time."),
     "n_predict": (
         PROMPT,
         "-n --predict --n-predict",

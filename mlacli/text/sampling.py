@@ -11,47 +11,18 @@ import math
 import secrets
 from collections import deque
 from collections.abc import Collection
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from mlacli.errors import ModelError, UsageError
+from mlacli.errors import ModelError
+from mlacli.settings import MAX_SEED, RANDOM_SEEDS, SamplingSettings
 
-RANDOM_SEED = 0xFFFFFFFF  # stands for a seed drawn by the system
 _TOP_P_FIRST = 256
 
 Logits = npt.NDArray[np.floating[Any]]
 TokenIds = npt.NDArray[np.intp]
-
-
-@dataclass(frozen=True, slots=True)
-class SamplingSettings:
-    """How to sample; the defaults are llama.cpp's. Raises UsageError for a value out of range.
-
-    `temp` 0 is greedy, `top_k` 0 keeps all, `repeat_last_n` -1 looks back over everything, `seed`
-    -1 or 0xFFFFFFFF lets the system draw one.
-    """
-
-    temp: float = 0.8
-    top_k: int = 40
-    top_p: float = 0.95
-    min_p: float = 0.05
-    repeat_penalty: float = 1.0
-    repeat_last_n: int = 64
-    seed: int = RANDOM_SEED
-    ignore_eos: bool = False
-
-    def __post_init__(self) -> None:
-        _check("--temp", self.temp, 0.0 <= self.temp < math.inf, "0 (greedy) or more")
-        _check("--top-k", self.top_k, self.top_k >= 0, "0 (all) or more")
-        _check("--top-p", self.top_p, 0.0 <= self.top_p <= 1.0, "0..1")
-        _check("--min-p", self.min_p, 0.0 <= self.min_p <= 1.0, "0..1")
-        positive = 0.0 < self.repeat_penalty < math.inf
-        _check("--repeat-penalty", self.repeat_penalty, positive, "more than 0")
-        _check("--repeat-last-n", self.repeat_last_n, self.repeat_last_n >= -1, "-1 (all) or more")
-        _check("--seed", self.seed, -1 <= self.seed <= RANDOM_SEED, f"-1..{RANDOM_SEED}")
 
 
 class Sampler:
@@ -66,8 +37,8 @@ class Sampler:
     ) -> None:
         self.settings = settings
         self.n_vocab = n_vocab
-        given = settings.seed not in (-1, RANDOM_SEED)
-        self.seed = settings.seed if given else secrets.randbelow(RANDOM_SEED)
+        given = settings.seed not in RANDOM_SEEDS
+        self.seed = settings.seed if given else secrets.randbelow(MAX_SEED)
         self.position = 0
         self._banned = np.array(sorted(end_ids) if settings.ignore_eos else [], np.intp)
         last = settings.repeat_last_n
@@ -184,8 +155,3 @@ def draw(logits: Logits, fraction: float) -> int:
     total = np.cumsum(softmax(logits))
     index = int(np.searchsorted(total, fraction * total[-1], side="right"))
     return min(index, int(np.flatnonzero(logits > -np.inf)[-1]))
-
-
-def _check(flag: str, value: float, good: bool, limit: str) -> None:
-    if not good:
-        raise UsageError(f"{flag}: out of range (got {value}, limit {limit})")

@@ -13,9 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from mlacli.errors import ModelError, UsageError
+from mlacli.errors import ModelError
+from mlacli.settings import MAX_SEED, RANDOM_SEEDS, SamplingSettings
 from mlacli.text import sampling
-from mlacli.text.sampling import RANDOM_SEED, Logits, Sampler, SamplingSettings
+from mlacli.text.sampling import Logits, Sampler
 
 # quarters, so that there are many ties
 LOGITS = hnp.arrays(
@@ -183,9 +184,9 @@ def test_the_same_seed_gives_the_same_tokens() -> None:
 
 def test_a_seed_drawn_by_the_system_is_told() -> None:
     logits = np.zeros(1000, np.float32)
-    for asked in (-1, RANDOM_SEED):
+    for asked in RANDOM_SEEDS:
         sampler = Sampler(SamplingSettings(seed=asked), 1000)
-        assert 0 <= sampler.seed < RANDOM_SEED
+        assert 0 <= sampler.seed < MAX_SEED
         drawn = [sampler.sample(logits) for _ in range(20)]
         assert drawn == samples(logits, 20, seed=sampler.seed)
     assert len({Sampler(SamplingSettings(), 5).seed for _ in range(20)}) > 15
@@ -209,50 +210,6 @@ def test_non_finite_logits(value: float, temp: float) -> None:
 def test_logits_of_another_shape() -> None:
     with pytest.raises(ValueError, match=r"shape \(3,\), not \(4,\)"):
         Sampler(SamplingSettings(), 4).sample(np.zeros(3))
-
-
-@pytest.mark.parametrize(
-    ("values", "message"),
-    [
-        ({"temp": math.nan}, "--temp: out of range (got nan, limit 0 (greedy) or more)"),
-        ({"temp": math.inf}, "--temp: out of range (got inf, limit 0 (greedy) or more)"),
-        ({"temp": -1}, "--temp: out of range (got -1, limit 0 (greedy) or more)"),
-        ({"top_k": -5}, "--top-k: out of range (got -5, limit 0 (all) or more)"),
-        ({"top_p": 7}, "--top-p: out of range (got 7, limit 0..1)"),
-        ({"top_p": -1}, "--top-p: out of range (got -1, limit 0..1)"),
-        ({"top_p": math.nan}, "--top-p: out of range (got nan, limit 0..1)"),
-        ({"min_p": 2}, "--min-p: out of range (got 2, limit 0..1)"),
-        ({"min_p": math.nan}, "--min-p: out of range (got nan, limit 0..1)"),
-        ({"repeat_penalty": 0}, "--repeat-penalty: out of range (got 0, limit more than 0)"),
-        (
-            {"repeat_penalty": math.nan},
-            "--repeat-penalty: out of range (got nan, limit more than 0)",
-        ),
-        (
-            {"repeat_penalty": math.inf},
-            "--repeat-penalty: out of range (got inf, limit more than 0)",
-        ),
-        ({"repeat_last_n": -2}, "--repeat-last-n: out of range (got -2, limit -1 (all) or more)"),
-        ({"seed": 2**64}, f"--seed: out of range (got {2**64}, limit -1..4294967295)"),
-        ({"seed": -2}, "--seed: out of range (got -2, limit -1..4294967295)"),
-    ],
-)
-def test_values_out_of_range(values: dict[str, Any], message: str) -> None:
-    with pytest.raises(UsageError) as caught:
-        SamplingSettings(**values)
-    assert str(caught.value) == message
-    assert caught.value.exit_code == 2
-
-
-def test_values_at_the_edges() -> None:
-    SamplingSettings(
-        temp=0, top_k=0, top_p=0, min_p=0, repeat_penalty=1e-9, repeat_last_n=-1, seed=-1
-    )
-    SamplingSettings(temp=1e9, top_k=2**40, top_p=1, min_p=1, repeat_penalty=9, seed=RANDOM_SEED)
-
-
-def test_defaults_are_llama_cpps() -> None:
-    assert SamplingSettings() == SamplingSettings(0.8, 40, 0.95, 0.05, 1.0, 64, 0xFFFFFFFF, False)
 
 
 def test_a_large_vocabulary_takes_under_a_millisecond() -> None:

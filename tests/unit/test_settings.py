@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from codegen.formats import CACHE_FORMATS, LATENT_CACHE_TYPES
 from mlacli import cpu_count, settings
 from mlacli.errors import UsageError
 from mlacli.limits import Choice, Limit, Switch, parse_list, parse_pairs
-from mlacli.settings import Request, RunSettings, SamplingSettings, fitted, notes
+from mlacli.settings import MAX_SEED, Request, RunSettings, SamplingSettings, fitted, notes
 
 
 def test_defaults() -> None:
@@ -121,21 +122,42 @@ def test_batches_go_together() -> None:
 
 
 @pytest.mark.parametrize(
-    "values",
+    ("values", "line"),
     [
-        {"temp": float("inf")},
-        {"temp": -1},
-        {"top_k": -5},
-        {"top_p": 7},
-        {"min_p": 2},
-        {"repeat_penalty": 0},
-        {"repeat_last_n": -2},
-        {"seed": 2**32},
+        ({"temp": math.nan}, "--temp: nan is out of range (0 to 1000)"),
+        ({"temp": math.inf}, "--temp: inf is out of range (0 to 1000)"),
+        ({"temp": -1}, "--temp: -1 is out of range (0 to 1000)"),
+        ({"top_k": -5}, "--top-k: -5 is out of range (0 to 2147483647)"),
+        ({"top_p": 7}, "--top-p: 7 is out of range (0 to 1)"),
+        ({"top_p": -1}, "--top-p: -1 is out of range (0 to 1)"),
+        ({"top_p": math.nan}, "--top-p: nan is out of range (0 to 1)"),
+        ({"min_p": 2}, "--min-p: 2 is out of range (0 to 1)"),
+        ({"min_p": math.nan}, "--min-p: nan is out of range (0 to 1)"),
+        ({"repeat_penalty": 0}, "--repeat-penalty: 0 is out of range (0.01 to 100)"),
+        ({"repeat_penalty": math.nan}, "--repeat-penalty: nan is out of range (0.01 to 100)"),
+        ({"repeat_penalty": math.inf}, "--repeat-penalty: inf is out of range (0.01 to 100)"),
+        ({"repeat_last_n": -2}, "--repeat-last-n: -2 is out of range (-1 to 2147483647)"),
+        ({"seed": 2**32}, "-s: 4294967296 is out of range (-1 to 4294967295)"),
+        ({"seed": -2}, "-s: -2 is out of range (-1 to 4294967295)"),
     ],
 )
-def test_sampling_limits(values: dict[str, Any]) -> None:
-    with pytest.raises(UsageError, match="out of range"):
+def test_sampling_out_of_range(values: dict[str, Any], line: str) -> None:
+    with pytest.raises(UsageError) as caught:
         SamplingSettings(**values)
+    assert str(caught.value) == line
+
+
+def test_sampling_at_the_edges() -> None:
+    SamplingSettings(
+        temp=0, top_k=0, top_p=0, min_p=0, repeat_penalty=0.01, repeat_last_n=-1, seed=-1
+    )
+    SamplingSettings(
+        temp=1000, top_k=2**31 - 1, top_p=1, min_p=1, repeat_penalty=100, seed=MAX_SEED
+    )
+
+
+def test_sampling_defaults_are_llama_cpps() -> None:
+    assert SamplingSettings() == SamplingSettings(0.8, 40, 0.95, 0.05, 1.0, 64, -1, False)
 
 
 def test_request_needs_a_prompt() -> None:
