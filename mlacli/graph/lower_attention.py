@@ -6,6 +6,9 @@ from typing import Any
 
 from codegen.kernels import attention, cache, layers
 from codegen.kernels.attention import ABSORBED, STANDARD, flash_scratch_bytes
+from codegen.kernels.attention_expanded import Expanded
+from codegen.kernels.expand import Part
+from codegen.kernels.flash_expanded import Layout, flash_expanded, layout, rows_per_chunk
 from codegen.kernels.matmul import Shape
 from mlacli.graph.lower import At, Launch, Lower, Scratch, lowers
 from mlacli.graph.lower_dense import matrix_scratch, multiply, row_pitch
@@ -144,3 +147,41 @@ def _flash(lower: Lower, node: Node) -> list[Launch]:
     cells = tuple(At(n) for n in node.inputs[-4:])
     operands = (At(q), At(caches[0]), At(caches[-1]), *cells, At(node), Scratch(node))
     return [Launch(node, spec, (*operands, Dim.N_TOKENS, Dim.N_KV))]
+
+
+def _expanded(lower: Lower, node: Node) -> tuple[Expanded, tuple[Part, Part], Layout]:
+    h = _heads(node)
+    w_uk, v_b = node.inputs[2:4]
+    expanded = Expanded(
+        h.n_head, h.n_nope, h.n_rope, h.n_v, h.n_lora, lower.bounds[Dim.N_TOKENS]
+    )
+    uk, uv = (
+        Part(h.n_head, m.n_rows, h.n_lora, m.pitch, m.fmt)
+        for m in (w_uk.attrs["matrix"], v_b.attrs["matrix"])
+    )
+    n_rows = rows_per_chunk(
+        node.attrs["chunk_bytes"], h.n_head, h.n_nope, h.n_v, lower.bounds[Dim.N_KV]
+    )
+    parts = (uk, uv)
+    return expanded, parts, layout(lower.target, expanded, parts, n_rows, lower.n_threads)
+
+
+def _expanded_scratch(lower: Lower, node: Node) -> int:
+    return _expanded(lower, node)[2].size
+
+
+@lowers("flash_expanded", scratch=_expanded_scratch)
+def _flash_expanded(lower: Lower, node: Node) -> list[Launch]:
+    expanded, parts, at = _expanded(lower, node)
+    h = _heads(node)
+    spec = flash_expanded(
+        expanded=expanded,
+        parts=parts,
+        fmt=h.fmt_k,
+        scale=h.scale,
+        chunk_rows=at.chunk_rows,
+        panel_bytes=at.panel_bytes,
+    )
+    scratch = (Scratch(node, o) for o in (at.attend, at.state, at.rows, at.kv, at.panels))
+    operands = (*(At(n) for n in node.inputs), At(node), *scratch, Dim.N_TOKENS, Dim.N_KV)
+    return [Launch(node, spec, operands)]
