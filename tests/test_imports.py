@@ -14,13 +14,16 @@ ROOT = Path(__file__).resolve().parent.parent
 LEVELS = (
     ("mlacli.__main__", "mlacli.cli"),
     ("mlacli.bench", "mlacli.bench_table", "mlacli.bench_runner", "mlacli.session"),
-    ("mlacli.engine", "mlacli.report", "mlacli.context", "mlacli.machine", "mlacli.roofline"),
+    (
+        *("mlacli.engine", "mlacli.context", "mlacli.machine", "mlacli.roofline", "mlacli.fit"),
+        *("mlacli.report", "mlacli.report_format", "mlacli.report_work"),
+    ),
     ("mlacli.model",),
     ("mlacli.cache",),
     ("mlacli.graph",),
     (
         *("mlacli.gguf", "mlacli.text", "mlacli.settings", "mlacli.limits", "mlacli.cpu_count"),
-        *("mlacli.debug", "mlacli.errors"),
+        *("mlacli.debug", "mlacli.errors", "mlacli.memory", "mlacli.free_memory"),
     ),
     ("codegen",),
 )

@@ -1,0 +1,242 @@
+"""What a model needs with given flags: caches, buffers, work. Reads headers, plans, runs nothing.
+
+The plan is the one that the engine would use, so that what is reported is what is taken.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass
+
+from codegen.formats import BlockFormat
+from mlacli.context import ContextPlan, PlannedGraph, plan_context
+from mlacli.engine import Model, load_model
+from mlacli.fit import check_cache_rows, context_size, default_context, planned_need
+from mlacli.free_memory import available_bytes
+from mlacli.gguf.problem import printable
+from mlacli.graph.lower import scratch_bytes
+from mlacli.graph.node import Dim
+from mlacli.machine import kept_profile, this_target
+from mlacli.report_format import buffer_lines, cache_names, format_report
+from mlacli.report_work import Switching, Work, switching, work_of
+from mlacli.settings import RunSettings
+
+__all__ = ["Report", "buffer_lines", "context_size", "make_report", "report_json", "report_text"]
+
+FITS, PAGES, TOO_LARGE = "fits", "weights will page from disk", "does not fit"
+
+
+@dataclass(frozen=True)
+class TensorType:
+    """All tensors of one type."""
+
+    count: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What the file's headers say."""
+
+    file: str
+    name: str
+    arch: str
+    file_type: str
+    n_layer: int
+    n_params: int
+    n_ctx_train: int
+    file_bytes: int
+    tensor_types: dict[str, TensorType]
+
+
+@dataclass(frozen=True)
+class CacheKind:
+    """One kind of cached row, all layers."""
+
+    nbytes: int
+    bytes_per_token: int
+
+
+@dataclass(frozen=True)
+class CacheFacts:
+    """The cache; `plain_bytes_per_token` is what K and V of all heads would take, same types."""
+
+    kinds: dict[str, CacheKind]
+    nbytes: int
+    bytes_per_token: int
+    plain_bytes_per_token: int
+
+
+@dataclass(frozen=True)
+class GraphFacts:
+    """One planned graph; `scratch` is the most that a node of each op takes inside the arena."""
+
+    name: str
+    n_tokens_max: int
+    n_nodes: int
+    arena_bytes: int
+    scratch: dict[str, int]
+
+
+@dataclass(frozen=True)
+class DerivedWeights:
+    """Weights that the file lacks, or repacked ones: anonymous memory, made at load."""
+
+    name: str
+    type: str
+    count: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class MemoryFacts:
+    """What must be had, what may be paged, and what there is, in bytes."""
+
+    needed_bytes: int
+    weight_bytes: int
+    available_bytes: int
+    verdict: str
+
+
+@dataclass(frozen=True)
+class Report:
+    """All numbers of a report; sizes in bytes."""
+
+    model: ModelFacts
+    mla: int
+    flash_attn: bool
+    n_ctx: int
+    cache: CacheFacts
+    compute_bytes: int
+    output_bytes: int
+    graphs: tuple[GraphFacts, ...]
+    derived: tuple[DerivedWeights, ...]
+    derived_bytes: int
+    work: Work
+    switching: Switching
+    memory: MemoryFacts
+    buffer_lines: tuple[str, ...]
+    notes: tuple[str, ...]
+
+
+def report_text(settings: RunSettings) -> str:
+    """The report for people (and for scripts that look for buffer lines). Raises MlaError."""
+    return format_report(make_report(settings))
+
+
+def report_json(settings: RunSettings) -> str:
+    """The same numbers as JSON. Raises MlaError."""
+    return json.dumps(asdict(make_report(settings)), indent=2) + "\n"
+
+
+def make_report(settings: RunSettings, available: int | None = None) -> Report:
+    """Plan a context as `run` would and say what it takes; one that does not fit is planned, too.
+
+    Raises ModelError for a file that cannot run, UsageError for a flag that cannot work with it.
+    """
+    model = load_model(settings.model)
+    config, target = model.config, this_target()
+    check_cache_rows(config, settings)
+    available = available_bytes() if available is None else available
+    if settings.n_ctx is None:
+        n_ctx = default_context(config, settings, available)
+    else:
+        n_ctx = settings.n_ctx or config.n_ctx_train
+    plan = plan_context(config, model.weights, settings, target, n_ctx=n_ctx)
+    profile = kept_profile(target, settings.n_threads_batch)
+    return Report(
+        model=_model_facts(model),
+        mla=settings.mla,
+        flash_attn=settings.flash_attn,
+        n_ctx=plan.n_ctx,
+        cache=_cache_facts(plan, settings),
+        compute_bytes=plan.arena_bytes,
+        output_bytes=plan.output_bytes,
+        graphs=tuple(_graph_facts(g) for g in plan.graphs.values()),
+        derived=_derived(plan),
+        derived_bytes=planned_need(plan).derived,
+        work=work_of(config, settings, profile, plan.n_ctx),
+        switching=switching(config, settings, profile, settings.mla),
+        memory=_memory_facts(model, plan, settings, available),
+        buffer_lines=tuple(buffer_lines(plan, settings)),
+        notes=model.notes,
+    )
+
+
+def _model_facts(model: Model) -> ModelFacts:
+    config, file = model.config, model.file
+    types: dict[str, TensorType] = {}
+    for tensor in file.tensors.values():
+        seen = types.get(tensor.type_name, TensorType(0, 0))
+        types[tensor.type_name] = TensorType(seen.count + 1, seen.nbytes + tensor.nbytes)
+    return ModelFacts(
+        file=printable(str(file.path), 200),
+        name=config.name,
+        arch=config.arch,
+        file_type=config.file_type,
+        n_layer=config.n_layer,
+        n_params=sum(math.prod(tensor.shape) for tensor in file.tensors.values()),
+        n_ctx_train=config.n_ctx_train,
+        file_bytes=file.size_bytes,
+        tensor_types=dict(sorted(types.items(), key=lambda item: -item[1].nbytes)),
+    )
+
+
+def _cache_facts(plan: ContextPlan, settings: RunSettings) -> CacheFacts:
+    layout, kinds = plan.layout, plan.layout.nbytes()
+    names = cache_names(kinds, settings)
+    k = _row_bytes(layout.fmt_k, layout.n_nope + layout.n_rope)
+    v = _row_bytes(layout.fmt_v, layout.n_v)
+    return CacheFacts(
+        kinds={names[kind]: CacheKind(n, n // layout.n_ctx) for kind, n in kinds.items()},
+        nbytes=plan.cache_bytes,
+        bytes_per_token=layout.bytes_per_token,
+        plain_bytes_per_token=layout.n_layer * layout.n_head * (k + v),
+    )
+
+
+def _row_bytes(fmt: BlockFormat, n: int) -> int:
+    """As BlockFormat.row_bytes, but rounded up where blocks do not divide the row."""
+    return fmt.header_bytes + -(-n * fmt.block_bytes // fmt.size)
+
+
+def _graph_facts(planned: PlannedGraph) -> GraphFacts:
+    scratch: dict[str, int] = {}
+    operations = list(planned.graph.operations)
+    for node in operations:
+        if node.index in planned.plan.scratch:
+            n = scratch_bytes(planned.lower, node)
+            scratch[node.op] = max(scratch.get(node.op, 0), n)
+    return GraphFacts(
+        name=planned.name,
+        n_tokens_max=planned.lower.bounds[Dim.N_TOKENS],
+        n_nodes=len(operations),
+        arena_bytes=planned.plan.size,
+        scratch=scratch,
+    )
+
+
+def _derived(plan: ContextPlan) -> tuple[DerivedWeights, ...]:
+    """Grouped by what stands behind `blk.N.` and by type."""
+    found: dict[tuple[str, str], DerivedWeights] = {}
+    for matrix in plan.derived():
+        name = (
+            matrix.tensor.split(".", 2)[-1] if matrix.tensor.startswith("blk.") else matrix.tensor
+        )
+        seen = found.get((name, matrix.fmt.name), DerivedWeights(name, matrix.fmt.name, 0, 0))
+        found[name, matrix.fmt.name] = DerivedWeights(
+            name, matrix.fmt.name, seen.count + 1, seen.nbytes + matrix.nbytes
+        )
+    return tuple(found.values())
+
+
+def _memory_facts(
+    model: Model, plan: ContextPlan, settings: RunSettings, available: int
+) -> MemoryFacts:
+    """With --no-mmap or --mlock the weights must be had, too."""
+    needed, weights = planned_need(plan).total, model.file.size_bytes
+    if settings.mlock or not settings.mmap:
+        needed, weights = needed + weights, 0
+    verdict = TOO_LARGE if needed > available else PAGES if needed + weights > available else FITS
+    return MemoryFacts(needed, model.file.size_bytes, available, verdict)
