@@ -188,10 +188,17 @@ def encode_prompt(
     """The prompt's tokens: through the chat template, or as raw text after BOS."""
     if template is None:
         if not request.raw:
-            note("note: the file has no chat template: the prompt is continued as it stands")
+            without = " and -sys is not used" if request.system else ""
+            note(
+                "note: the file has no chat template: "
+                f"the prompt is continued as it stands{without}"
+            )
         return tokenizer.encode_prompt([Piece(request.prompt, special=request.raw)])
+    messages = [{"role": "user", "content": request.prompt}]
+    if request.system:
+        messages.insert(0, {"role": "system", "content": request.system})
     with template:
-        pieces = template.render([{"role": "user", "content": request.prompt}])
+        pieces = template.render(messages)
         for line in template.notes:
             note(f"note: {line}")
     return tokenizer.encode_prompt(pieces)

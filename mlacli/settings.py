@@ -137,6 +137,7 @@ class Request:
     # -1: until the model ends. -2: until the context is full.
     n_predict: int = field(default=-1, metadata=_limit("-n", -2, _MAX_INT))
     raw: bool = False  # no chat template
+    system: str = ""  # message before the prompt, for the chat template
     sampling: SamplingSettings = field(default_factory=SamplingSettings)
 
     def __post_init__(self) -> None:
@@ -145,9 +146,11 @@ class Request:
             raise UsageError("the prompt is empty (give -p TEXT, -f FILE or standard input)")
 
 
-def notes(settings: RunSettings) -> list[str]:
+def notes(settings: RunSettings, request: Request | None = None) -> list[str]:
     """A line for every flag that was given but changes nothing with the others as they are."""
     found = []
+    if request is not None and request.raw and request.system:
+        found.append("-sys has no effect with --no-cnv: no chat template is used")
     if settings.mla and settings.type_v != "f16":
         why = "V is a part of the cached row"
         if not settings.flash_attn:

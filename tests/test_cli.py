@@ -54,6 +54,8 @@ REFUSED = {
     "run -s abc": "-s: 'abc' is not a whole number (-1 to 4294967295)",
     "run -s 18446744073709551616": "-s: 18446744073709551616 is out of range (-1 to 4294967295)",
     "run -p x -f y": "-p and -f: give one of them, not both",
+    "run -p x -sys y -sysf z": "-sys and -sysf: give one of them, not both",
+    "run -p x -sysf missing.txt": "-sysf: missing.txt: No such file or directory",
     "run -p=": "the prompt is empty (give -p TEXT, -f FILE or standard input)",
     "run -f .": "-f: .: Is a directory",
     "run -f missing.txt": "-f: missing.txt: No such file or directory",
@@ -244,6 +246,53 @@ def test_no_prompt(
     monkeypatch.setattr(sys, "stdin", stdin and io.TextIOWrapper(stdin))
     assert main(["run"]) == 2
     assert capsys.readouterr().err == f"error: {line}\n"
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [
+        (r"one\ntwo\tthree\r", "one\ntwo\tthree\r"),
+        (r"\"a\" \'b\'", "\"a\" 'b'"),
+        (r"\\n \\\n", "\\n \\\n"),
+        (r"\x41\xc3\xa9\xff", "Aé\udcff"),
+        ("\\d \\x4 \\xg1 é\\", "\\d \\x4 \\xg1 é\\"),
+        ("\udcff\\n", "\udcff\n"),
+        (r"\u00e9 \0", r"\u00e9 \0"),
+    ],
+)
+def test_escapes(session: Session, typed: str, meant: str) -> None:
+    assert main(["run", "-p", typed, "-sys", typed]) == 0
+    assert (session.request.prompt, session.request.system) == (meant, meant)
+    assert main(["run", "-p", typed, "-sys", typed, "--no-escape"]) == 0
+    assert (session.request.prompt, session.request.system) == (typed, typed)
+    assert main(["run", "-p", typed, "--no-escape", "-e"]) == 0
+    assert session.request.prompt == meant
+
+
+def test_files_have_no_escapes(session: Session, tmp_path: Path) -> None:
+    file = tmp_path / "text.txt"
+    file.write_text(r"print('\n')" + "\n")
+    assert main(["run", "-f", str(file), "-sysf", str(file)]) == 0
+    assert session.request.prompt == session.request.system == r"print('\n')"
+
+
+def test_system_message(session: Session, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", "-p", "x", "-sys", "be brief"]) == 0
+    assert session.request == Request("x", system="be brief")
+    assert capsys.readouterr().err == ""
+    assert main(["run", "-p", "x", "--system_prompt", "be brief", "--no-cnv"]) == 0
+    note = "note: -sys has no effect with --no-cnv: no chat template is used\n"
+    assert capsys.readouterr().err == note
+
+
+def test_switching_off_what_is_never_done(
+    session: Session, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["run", "--no-display-prompt", "-p", "x", "--no-warmup"]) == 0
+    assert session.request == Request("x") and session.settings == RunSettings()
+    assert capsys.readouterr().err == ""
+    assert main(["run", "-p", "x", "--no-warmup=1"]) == 2
+    assert capsys.readouterr().err == "error: --no-warmup: takes no value (got '1')\n"
 
 
 def test_endless_prompt_file_is_refused(capsys: pytest.CaptureFixture[str]) -> None:

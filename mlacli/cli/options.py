@@ -84,7 +84,7 @@ class StrictCommand(TyperCommand):
     """A command that reads argv by the rules of `normalise` and lists its flags by section.
 
     `rewrites` maps a flag to the words that stand for it (`-no-fa` -> `-fa off`); no words when
-    what it asks for is so anyway.
+    there is nothing to switch off.
     """
 
     rewrites: ClassVar[Mapping[str, str]] = {}
@@ -143,7 +143,7 @@ class StrictCommand(TyperCommand):
         for name, words in self.rewrites.items():
             same.setdefault(words, []).append(name)
         for words, names in same.items():
-            text = f"The same as {words}." if words else "Accepted: it is so anyway."
+            text = f"The same as {words}." if words else "Accepted: there is nothing to switch off."
             found[OTHER].append((", ".join(names), "", text))
         return found
 
