@@ -11,8 +11,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from codegen.dtypes import f32, i8, i32, u8
+from codegen.dtypes import f32, i8, i32, i64, u8
 from codegen.formats import BlockFormat
+from codegen.kernel import dim, kernel, ptr
 from codegen.kernels.activations import quantize_block, row_bytes, scales_offset, sums_offset
 from codegen.kernels.blocks import BLOCK, load_block
 from codegen.kernels.matmul import store_rows
@@ -22,6 +23,9 @@ from codegen.values import Pointer, Value
 
 if TYPE_CHECKING:
     from codegen.builder import Kernel
+
+
+HEAD_CHUNK = 512  # cache rows that `expand_head` prepares at a time
 
 
 @dataclass(frozen=True)
@@ -94,6 +98,52 @@ def expand_heads(
             at = i * out_row + head * out_head + first
             store_rows(k, out.at(at), total, first, part.n_rows)
 
-        multiply_panel(
-            k, part.fmt, panel, rows, n_rows, store, n_cols=part.n_lora, x_pitch=pitch
-        )
+        multiply_panel(k, part.fmt, panel, rows, n_rows, store, n_cols=part.n_lora, x_pitch=pitch)
+
+
+@kernel(out=ptr(f32), cache=ptr(u8), w=ptr(u8), rows=ptr(u8), panels=ptr(u8), n_kv=dim())
+def expand_head(
+    k: Kernel,
+    out: Pointer,
+    cache: Pointer,
+    w: Pointer,
+    rows: Pointer,
+    panels: Pointer,
+    n_kv: Value,
+    *,
+    part: Part,
+    n_rope: int,
+    with_rope: bool,
+    fmt: BlockFormat,
+    panel_bytes: int,
+) -> None:
+    """out[j] = w c_kv[j], and behind it k_pe[j] if asked for: one head's keys or values, f32.
+
+    For attention without flash, which wants all rows at once. w is the head's matrix.
+    """
+    width = part.n_rows + (n_rope if with_rope else 0)
+    c_width = part.n_lora + n_rope
+    panel = panels.bytes(k.thread * panel_bytes)
+    for_rows, for_part = k.counter(), k.counter()
+    with k.loop(0, n_kv, HEAD_CHUNK) as start:
+        n_rows = k.minimum(n_kv - start, HEAD_CHUNK)
+        to = out.at(start * width)
+        latent_rows(k, rows, cache, start, n_rows, for_rows, part=part, c_width=c_width, fmt=fmt)
+        k.barrier()
+        reset(k, for_part)
+        expand_heads(k, to, w, rows, n_rows, panel, for_part, part=part, out_row=width, out_head=0)
+        if with_rope:
+            first, last = k.my_share(n_rows)
+            with k.loop(first, last) as i:
+                row = cache.bytes((start + i) * fmt.row_bytes(c_width))
+                for block in range(n_rope // BLOCK):
+                    values = load_block(k, fmt, row, k.const(part.n_lora // BLOCK + block, i64))
+                    store_vectors(to.at(i * width + part.n_rows + block * BLOCK), values)
+        k.barrier()
+        reset(k, for_rows)
+
+
+def reset(k: Kernel, counter: Pointer) -> None:
+    """Zero a tile counter that no thread uses between the barriers around this place."""
+    with k.when(k.thread.eq(0)):
+        k.store_atomic(counter, 0)

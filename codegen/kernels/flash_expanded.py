@@ -23,7 +23,7 @@ from codegen.kernels.attention_expanded import (
     expanded_scratch_bytes,
     expanded_state_bytes,
 )
-from codegen.kernels.expand import Part, expand_heads, latent_pitch, latent_rows
+from codegen.kernels.expand import Part, expand_heads, latent_pitch, latent_rows, reset
 from codegen.kernels.panel import panel_bytes
 from codegen.targets.base import Target
 from codegen.values import Pointer, Value
@@ -164,9 +164,3 @@ def flash_expanded(
         k.barrier()
         for counter in for_parts:
             reset(k, counter)
-
-
-def reset(k: Kernel, counter: Pointer) -> None:
-    """Zero a tile counter that no thread uses between the barriers around this place."""
-    with k.when(k.thread.eq(0)):
-        k.store_atomic(counter, 0)

@@ -152,9 +152,7 @@ def _flash(lower: Lower, node: Node) -> list[Launch]:
 def _expanded(lower: Lower, node: Node) -> tuple[Expanded, tuple[Part, Part], Layout]:
     h = _heads(node)
     w_uk, v_b = node.inputs[2:4]
-    expanded = Expanded(
-        h.n_head, h.n_nope, h.n_rope, h.n_v, h.n_lora, lower.bounds[Dim.N_TOKENS]
-    )
+    expanded = Expanded(h.n_head, h.n_nope, h.n_rope, h.n_v, h.n_lora, lower.bounds[Dim.N_TOKENS])
     uk, uv = (
         Part(h.n_head, m.n_rows, h.n_lora, m.pitch, m.fmt)
         for m in (w_uk.attrs["matrix"], v_b.attrs["matrix"])

@@ -98,9 +98,7 @@ def _moe_up_gate(lower: Lower, node: Node) -> list[Launch]:
         spec = moe.moe_up_gate_vec(**_sizes(gate), **formats, n_used=lower.size(table, -1))
         return [Launch(node, spec, (*operands, lower.tokens(node)))]
     per_thread = max(panel_scratch(lower, w.attrs["matrix"]) for w in (gate, up))
-    spec = moe.moe_up_gate(
-        **_sizes(gate), **formats, n_expert=m.n_mats, scratch_bytes=per_thread
-    )
+    spec = moe.moe_up_gate(**_sizes(gate), **formats, n_expert=m.n_mats, scratch_bytes=per_thread)
     return [Launch(node, spec, (*operands, Scratch(node)))]
 
 
@@ -175,4 +173,3 @@ def _moe_sum(lower: Lower, node: Node) -> list[Launch]:
     place = At(tables[0]) if lower.few else _place(lower, tables[0])
     operands = (At(node), At(z), _weights(lower, routing), place, lower.tokens(node))
     return [Launch(node, spec, operands)]
-

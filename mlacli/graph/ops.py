@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from mlacli.graph import lower_attention, lower_dense, lower_moe
+from mlacli.graph import lower_attention, lower_dense, lower_moe, lower_plain
 from mlacli.graph.lower import OPS, Launch, Lower
 from mlacli.graph.node import Graph
 
-__all__ = ["KNOWN_OPS", "lower_attention", "lower_dense", "lower_graph", "lower_moe"]
+__all__ = ["KNOWN_OPS", "lower_attention", "lower_dense", "lower_graph", "lower_moe", "lower_plain"]
 
 KNOWN_OPS = frozenset(OPS)
 

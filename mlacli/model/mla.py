@@ -15,7 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 from mlacli.graph.node import Dim, Node
-from mlacli.model.layers import Builder, T, linear, rms_norm
+from mlacli.model.layers import Builder, Path, T, linear, rms_norm
 
 
 def attention(b: Builder, layer: int, x: Node) -> Node:
@@ -92,8 +92,10 @@ def absorbed(b: Builder, layer: int, q: Node, kv_a: Node) -> Node:
         )  # fmt: skip
     else:
         if kv_t is None:
-            turned = (c.kv_lora_rank, Dim.N_KV)
-            kv_t = g.add("transpose_c", "f16", turned, cache, name=f"kv_t-{layer}", heads=b.heads)
+            turned, cells = (c.kv_lora_rank, Dim.N_KV), b.input("cell_seq", "i32", b.options.n_ctx)
+            kv_t = g.add(
+                "transpose_c", "f16", turned, cache, cells, name=f"kv_t-{layer}", heads=b.heads
+            )
         sums = _plain(b, layer, q_c, cache, kv_t, latent)
     v_b = b.weight(b.weights.v_b(layer))
     return g.add(
@@ -147,44 +149,67 @@ def expanded(b: Builder, layer: int, q: Node, kv_a: Node) -> Node:
             "flash_expanded", "f32", out, q, cache, w_uk, v_b, *_cells(b),
             name=f"kqv-{layer}", heads=b.heads, chunk_bytes=b.options.chunk_bytes,
         )  # fmt: skip
-    return _plain(b, layer, q, cache, cache, out, w_uk=w_uk, v_b=v_b)
+    return _plain_expanded(b, layer, q, cache, w_uk, v_b)
 
 
 def _plain(
+    b: Builder, layer: int, q: Node, k: Node, v: Node, out_shape: tuple[Dim | int, ...]
+) -> Node:
+    """softmax(scale q k) v with K*Q in the arena, one slice of heads after another."""
+    sums: Node | None = None
+    per_slice = heads_per_slice(b)
+    for first in range(0, b.config.n_head, per_slice):
+        n = min(per_slice, b.config.n_head - first)
+        tag = f"-{layer}" if n == b.config.n_head else f"-{layer}.{first}"
+        sums = _slice(b, tag, q, k, v, sums, out_shape, first, n, rows=b.options.path)
+    assert sums is not None
+    return sums
+
+
+def _plain_expanded(b: Builder, layer: int, q: Node, cache: Node, w_uk: Node, v_b: Node) -> Node:
+    """The same with K and V of one head at a time made from the cached rows."""
+    c, g = b.config, b.graph
+    sums: Node | None = None
+    for head in range(c.n_head):
+        tag = f"-{layer}.{head}"
+        width = c.n_nope + c.n_rope
+        k = g.add(
+            "expand_head", "f32", (Dim.N_KV, width), cache, w_uk,
+            name="k" + tag, heads=b.heads, head=head, with_rope=True,
+        )  # fmt: skip
+        v = g.add(
+            "expand_head", "f32", (Dim.N_KV, c.n_v), cache, v_b,
+            name="v" + tag, heads=b.heads, head=head, with_rope=False,
+        )  # fmt: skip
+        cells = b.input("cell_seq", "i32", b.options.n_ctx)
+        v_t = g.add("transpose_v", "f16", (c.n_v, Dim.N_KV), v, cells, name="v_t" + tag)
+        out = (T, c.n_head * c.n_v)
+        sums = _slice(b, tag, q, k, v_t, sums, out, head, 1, rows="expanded")
+    assert sums is not None
+    return sums
+
+
+def _slice(
     b: Builder,
-    layer: int,
+    tag: str,
     q: Node,
     k: Node,
     v: Node,
+    sums: Node | None,
     out_shape: tuple[Dim | int, ...],
+    first: int,
+    n: int,
     *,
-    w_uk: Node | None = None,
-    v_b: Node | None = None,
+    rows: Path,
 ) -> Node:
-    """softmax(scale q k) v with K*Q in the arena, one slice of heads after another."""
-    g, c, path = b.graph, b.config, b.options.path
-    sums: Node | None = None
-    per_slice = heads_per_slice(b)
-    for first in range(0, c.n_head, per_slice):
-        n = min(per_slice, c.n_head - first)
-        tag = f"-{layer}" if n == c.n_head else f"-{layer}.{first}"
-        kq_inputs = (q, k, *_cells(b)) + ((w_uk,) if w_uk else ())
-        heads: dict[str, Any] = {"first": first, "path": path, "heads": b.heads}
-        shape = (n, T, Dim.N_KV)
-        kq = g.add("kq", "f32", shape, *kq_inputs, name="kq" + tag, **heads)
-        p = g.add("soft_max", "f32", shape, kq, name="soft_max" + tag, inplace=0)
-        kqv_inputs = [p, v] + ([v_b] if v_b else []) + ([sums] if sums else [])
-        sums = g.add(
-            "kqv",
-            "f32",
-            out_shape,
-            *kqv_inputs,
-            name="kqv" + tag,
-            inplace=len(kqv_inputs) - 1 if sums else None,
-            **heads,
-        )
-    assert sums is not None
-    return sums
+    """kq, soft_max and kqv for heads first .. first + n - 1; results join those of `sums`."""
+    g = b.graph
+    heads: dict[str, Any] = {"first": first, "rows": rows, "heads": b.heads}
+    shape = (n, T, Dim.N_KV)
+    kq = g.add("kq", "f32", shape, q, k, *_cells(b), name="kq" + tag, **heads)
+    p = g.add("soft_max", "f32", shape, kq, name="soft_max" + tag, inplace=0)
+    inputs, inplace = ((p, v, sums), 2) if sums else ((p, v), None)
+    return g.add("kqv", "f32", out_shape, *inputs, name="kqv" + tag, inplace=inplace, **heads)
 
 
 def heads_per_slice(b: Builder) -> int:
