@@ -8,6 +8,19 @@ from collections.abc import Callable, Sequence
 
 from mlacli import errors
 
+EXIT_CODES = {
+    0: "Done.",
+    1: "bench: some rows failed.",
+    errors.EXIT_USAGE: "A flag, its value or the prompt cannot work.",
+    errors.EXIT_MODEL: "The model file is missing, malformed or not supported.",
+    errors.EXIT_SESSION: "A saved session cannot be used.",
+    errors.EXIT_SPACE: "Not enough memory or disk space, or the output cannot be written.",
+    errors.EXIT_INTERNAL: "A mistake in mlacli itself; --debug shows where.",
+    errors.EXIT_FILE_CHANGED: "The model file changed or became shorter while it was in use.",
+    errors.EXIT_SIGINT: "Stopped by Ctrl-C.",
+    errors.EXIT_SIGPIPE: "The reader of the output left.",
+    errors.EXIT_SIGTERM: "Stopped by SIGTERM.",
+}
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 

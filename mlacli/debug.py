@@ -1,14 +1,15 @@
-"""Environment variables: the only place that reads them (docs/cli.md lists them).
-
-MLACLI_TARGET     CPU target to generate code for (avx2, generic, ...) instead of the best one
-MLACLI_CACHE_DIR  folder for compiled code and machine measurements
-MLACLI_DEBUG      1: after an internal error, print where it happened (as --debug does)
-"""
+"""Environment variables: the only place that reads them."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
+
+VARIABLES = {  # for docs/cli.md
+    "MLACLI_TARGET": "CPU target to generate code for (avx2, generic, ...), not the best one.",
+    "MLACLI_CACHE_DIR": "Folder for compiled code and machine measurements.",
+    "MLACLI_DEBUG": "1: after an internal error, print where it happened (as --debug does).",
+}
 
 
 class Environment:

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 from mlacli import bench as benching
 from mlacli.bench_table import WRITERS
 from mlacli.cli import console
-from mlacli.cli.flags import DEMO_MODEL, MODEL, NO_FLASH_ATTENTION
+from mlacli.cli.flags import DEMO_MODEL, MODEL, NO_FLASH_ATTENTION, meaning
 from mlacli.cli.options import StrictCommand, flag, new_app, parameter, takes
 from mlacli.limits import Choice, Limit, Rule, Switch, parse_list, parse_pairs
 from mlacli.settings import RunSettings, default_model, rules
@@ -68,7 +68,8 @@ def _axis(field: str) -> Parameter:
     elif field == "ser":
         placeholder = "K,T;..."
     default = getattr(RunSettings, field, "physical cores")
-    option = flag(_AXES[field], VALUES, placeholder, "", _shown(default))
+    text = "Threads." if field == "n_threads" else meaning(field)
+    option = flag(_AXES[field], VALUES, placeholder, text, _shown(default))
     return parameter(field, option, list[str] | None)
 
 

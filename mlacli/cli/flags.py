@@ -11,12 +11,14 @@ from dataclasses import MISSING, Field, fields
 from pathlib import Path
 from typing import Any
 
+from codegen.formats import CACHE_FORMATS, LATENT_CACHE_TYPES
 from mlacli.cli.options import flag, parameter
 from mlacli.settings import RunSettings, fitted
 
 MODEL, ATTENTION, SAMPLING, PROMPT = "Model and memory", "Attention", "Sampling", "Prompt"
 DEMO_MODEL = "a small model that comes with mlacli"
 NO_FLASH_ATTENTION = {"-no-fa": "-fa off", "--no-flash-attn": "-fa off"}
+_ONLY_MLA_0 = ", ".join(name for name in CACHE_FORMATS if name not in LATENT_CACHE_TYPES)
 
 # field: (section, names, placeholder, help)
 _TEXT: dict[str, tuple[str, str, str, str]] = {
@@ -51,7 +53,12 @@ _TEXT: dict[str, tuple[str, str, str, str]] = {
         "Batches of N tokens and more are expanded (-mla 2 and 3); 1: all.",
     ),
     "flash_attn": (ATTENTION, "-fa --flash-attn", "[on|off|auto]", "Flash attention."),
-    "type_k": (ATTENTION, "-ctk --cache-type-k", "TYPE", "Type of the K cache."),
+    "type_k": (
+        ATTENTION,
+        "-ctk --cache-type-k",
+        "TYPE",
+        f"Type of the K cache: {', '.join(LATENT_CACHE_TYPES)}; with -mla 0 also {_ONLY_MLA_0}.",
+    ),
     "type_v": (ATTENTION, "-ctv --cache-type-v", "TYPE", "Type of the V cache (-mla 0)."),
     "amb_mib": (
         ATTENTION,
@@ -82,6 +89,11 @@ _SHOWN_DEFAULT = {
     "mla_threshold": "128 with -mla 2, measured with -mla 3",
     "ser": "off",
 }
+
+
+def meaning(field: str) -> str:
+    """What the flag of this field does."""
+    return _TEXT[field][3]
 
 
 def shown_default(field: Field[Any]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Annotated, Any
 
 from mlacli.cli import console
-from mlacli.cli.flags import MODEL, NO_FLASH_ATTENTION, flags_of, run_settings
+from mlacli.cli.flags import NO_FLASH_ATTENTION, flags_of, run_settings
 from mlacli.cli.options import StrictCommand, flag, new_app, takes
 from mlacli.settings import RunSettings, notes
 
@@ -17,9 +17,9 @@ class ReportCommand(StrictCommand):
 
 
 @app.command("report", cls=ReportCommand)
-@takes(flags_of(RunSettings))
+@takes(flags_of(RunSettings), first=True)
 def report(
-    json: Annotated[bool, flag("--json", MODEL, "", "Print JSON.")] = False, **values: Any
+    json: Annotated[bool, flag("--json", "Output", "", "Print JSON.")] = False, **values: Any
 ) -> int:
     """Print the cache and compute buffers, bytes per token and work per token of a model.
 
