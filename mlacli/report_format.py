@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from mlacli.report import Report
 
 _INIT = "llama_init_from_model: "
-_LABEL = 26  # width of the first column
+_LABEL = 30  # width of the first column
 _NEVER = 2**20  # no batch is as large
 
 
@@ -103,8 +103,9 @@ def _model(report: Report) -> list[str]:
         _row(
             "",
             f"{m.arch}, {m.file_type}, {m.n_layer} layers, {_count(m.n_params)} parameters, "
-            f"{size_text(m.file_bytes)}, trained on {m.n_ctx_train} tokens",
+            f"{size_text(m.file_bytes)}",
         ),
+        _row("", f"trained on {m.n_ctx_train} tokens"),
         _row("tensors", types),
     ]
 
@@ -117,15 +118,19 @@ def _cache(report: Report) -> list[str]:
     lines.append(_row("  KV bytes per token", f"{_kib(c.bytes_per_token)}   {_mib(c.nbytes)}"))
     plain = c.plain_bytes_per_token
     lines.append(_row("  as plain MHA", f"{_kib(plain)}   {_mib(plain * report.n_ctx)}"))
+    if report.mla == 0:
+        return [*lines, _row("  saved by MLA", "   nothing: -mla 0 caches K and V")]
     ratio = plain / c.bytes_per_token
-    lines.append(_row("  saved by MLA", f"{100 - 100 / ratio:10.1f} %   ({ratio:.1f} x smaller)"))
-    return lines
+    return [
+        *lines,
+        _row("  saved by MLA", f"{100 - 100 / ratio:10.1f} %   ({ratio:.1f} x smaller)"),
+    ]
 
 
 def _compute(report: Report) -> list[str]:
     lines = [_row("Compute buffer", f"{'arena':>14}{'nodes':>8}  scratch of the largest op")]
     for g in report.graphs:
-        label = f"  {g.name}, {g.n_tokens_max} tokens"
+        label = f"  {g.name} (up to {g.n_tokens_max} tokens)"
         most = max(g.scratch, key=g.scratch.__getitem__, default=None)
         scratch = f"{g.scratch[most] / MIB:.2f} MiB ({most})" if most else "none"
         lines.append(_row(label, f"{_mib(g.arena_bytes)}{g.n_nodes:8}  {scratch}"))

@@ -1,0 +1,431 @@
+"""The report's numbers, held against published sizes and bounds, from header-only files."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from codegen.targets import NAMES, build
+from mlacli import report as report_module
+from mlacli.context import ContextPlan, cache_layout, padded_context, plan_context
+from mlacli.engine import Model, load_model
+from mlacli.errors import ModelError
+from mlacli.gguf.reader import GGUFFile
+from mlacli.memory import MIB
+from mlacli.model.choose import MachineProfile
+from mlacli.report import Report, buffer_lines, make_report, report_json, report_text
+from mlacli.settings import RunSettings
+from tests.conftest import TinyModel
+
+ROOT = Path(__file__).resolve().parents[2]
+CONTEXTS = (2048, 16384, 65536, 163840)
+HOST_TARGETS = ("avx512vnni-bf16", "avx2", "generic")
+
+
+@pytest.fixture(scope="module")
+def v2_lite(tiny_model: TinyModel) -> Model:
+    return load_model(tiny_model("v2-lite", "IQ4_NL", sparse=True))
+
+
+@pytest.fixture(scope="module")
+def v3(tiny_model: TinyModel) -> Model:
+    return load_model(tiny_model("v3", "IQ4_NL", sparse=True))
+
+
+def planned(model: Model, n_ctx: int, target: str = HOST_TARGETS[0], **given: Any) -> ContextPlan:
+    settings = RunSettings(**given)
+    return plan_context(model.config, model.weights, settings, build(target), n_ctx=n_ctx)
+
+
+def cache_mib(model: Model, n_ctx: int, **given: Any) -> dict[str, float]:
+    settings = RunSettings(**given)
+    rows = padded_context(n_ctx, flash=settings.flash_attn)
+    sizes = cache_layout(model.config, settings, rows).nbytes()
+    return {kind: n / MIB for kind, n in sizes.items()}
+
+
+# -- cache sizes: ik_llama.cpp PR 240, llama.cpp PR 13529 ---------------------------------------
+
+
+def test_published_cache_sizes_of_v2_lite(v2_lite: Model) -> None:
+    q8: dict[str, Any] = {"type_k": "q8_KV"}
+    at = (v2_lite, 65536)
+    assert cache_mib(*at, **q8, mla=1, flash_attn=False) == {"c": 985.5, "kv_t": 1728.0}
+    for mla in (1, 2, 3):
+        assert cache_mib(*at, **q8, mla=mla) == {"c": 985.5}
+        assert cache_mib(*at, mla=mla) == {"c": 1944.0}
+    for mla in (2, 3):
+        assert cache_mib(*at, **q8, mla=mla, flash_attn=False) == {"c": 985.5}
+    assert cache_mib(*at, **q8, mla=0) == {"k": 5400.0, "v": 6912.0}
+    assert cache_mib(*at, **q8, mla=0, flash_attn=False) == {"k": 5400.0, "v_t": 6912.0}
+    assert cache_mib(v2_lite, 4096) == {"c": 121.5}
+
+
+def test_published_cache_size_of_v3(v3: Model) -> None:
+    assert cache_mib(v3, 163840) == {"c": 10980.0}
+
+
+def test_the_context_is_padded(v2_lite: Model) -> None:
+    assert cache_mib(v2_lite, 4000) == cache_mib(v2_lite, 4096)
+    assert [padded_context(n, flash=True) for n in (1, 256, 257)] == [256, 256, 512]
+    assert [padded_context(n, flash=False) for n in (1, 32, 33)] == [32, 32, 64]
+
+
+# -- lines that scripts look for ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("given", "size", "kinds"),
+    [
+        (
+            {"type_k": "q8_KV", "mla": 1, "flash_attn": False},
+            "2713.50",
+            "c^KV (q8_KV):  985.50 MiB, kv^T (f16): 1728.00 MiB",
+        ),
+        ({"type_k": "q8_KV", "mla": 1}, " 985.50", "c^KV (q8_KV):  985.50 MiB, kv^T: not used"),
+        ({"mla": 1}, "1944.00", "c^KV (f16): 1944.00 MiB, kv^T: not used"),
+        ({"type_k": "q8_KV", "mla": 3}, " 985.50", "c^KV (q8_KV):  985.50 MiB, kv^T: not used"),
+        (
+            {"type_k": "q8_KV", "mla": 0},
+            "12312.00",
+            "K (q8_KV): 5400.00 MiB, V (f16): 6912.00 MiB",
+        ),
+        (
+            {"type_k": "q8_KV", "mla": 0, "flash_attn": False},
+            "12312.00",
+            "K (q8_KV): 5400.00 MiB, V (f16): 6912.00 MiB",
+        ),
+        (
+            {"type_k": "q8_0", "type_v": "q8_0", "mla": 0},
+            "9180.00",
+            "K (q8_0): 5508.00 MiB, V (q8_0): 3672.00 MiB",
+        ),
+    ],
+)
+def test_buffer_lines(v2_lite: Model, given: dict[str, Any], size: str, kinds: str) -> None:
+    settings = RunSettings(**given)
+    lines = buffer_lines(planned(v2_lite, 65536, **given), settings)
+    assert f"llama_kv_cache_init:        CPU KV buffer size = {size:>8} MiB" in lines
+    assert f"llama_init_from_model: KV self size  = {size} MiB, {kinds}" in lines
+    assert "llama_init_from_model:        CPU  output buffer size =     0.39 MiB" in lines
+    assert "llama_init_from_model: graph splits = 1" in lines
+
+
+def test_buffer_lines_in_order(v2_lite: Model) -> None:
+    settings = RunSettings(mla=1, n_batch=1024, n_ubatch=256, amb_mib=128, fmoe=False)
+    plan = planned(v2_lite, 4096, mla=1, n_batch=1024, n_ubatch=256, amb_mib=128, fmoe=False)
+    compute = plan.arena_bytes / MIB
+    assert buffer_lines(plan, settings) == [
+        "llama_init_from_model: n_ctx         = 4096",
+        "llama_init_from_model: n_batch       = 1024",
+        "llama_init_from_model: n_ubatch      = 256",
+        "llama_init_from_model: flash_attn    = 1",
+        "llama_init_from_model: mla_attn      = 1",
+        "llama_init_from_model: attn_max_b    = 128",
+        "llama_init_from_model: fused_moe     = 0",
+        "llama_kv_cache_init:        CPU KV buffer size =   121.50 MiB",
+        "llama_init_from_model: KV self size  =  121.50 MiB, c^KV (f16):  121.50 MiB, "
+        "kv^T: not used",
+        "llama_init_from_model:        CPU  output buffer size =     0.39 MiB",
+        f"llama_init_from_model:        CPU compute buffer size = {compute:8.2f} MiB",
+        f"llama_init_from_model: graph nodes  = {plan.n_nodes}",
+        "llama_init_from_model: graph splits = 1",
+    ]
+
+
+# -- compute buffers ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n_ctx", CONTEXTS)
+@pytest.mark.parametrize("mla", range(4))
+@pytest.mark.parametrize("target", HOST_TARGETS)
+def test_compute_with_flash_attention(v2_lite: Model, mla: int, n_ctx: int, target: str) -> None:
+    """It does not grow with the context."""
+    for threads in (1, 16):
+        for kind in ("f16", "q8_KV"):
+            plan = planned(v2_lite, n_ctx, target, mla=mla, n_threads=threads, type_k=kind)
+            assert plan.arena_bytes <= (64 if mla < 2 else 128) * MIB
+            assert plan.output_bytes == 4 * 102400
+
+
+@pytest.mark.parametrize("n_ctx", CONTEXTS)
+@pytest.mark.parametrize("mla", range(4))
+def test_compute_of_v3(v3: Model, mla: int, n_ctx: int) -> None:
+    assert planned(v3, n_ctx, mla=mla, n_threads=16).arena_bytes <= 320 * MIB
+
+
+def transposed_bytes(mla: int, n_ctx: int) -> int:
+    """-mla 2 and 3 without flash attention turn the latent part of c around on the fly, as f16."""
+    return 2 * 512 * n_ctx if mla >= 2 else 0
+
+
+@pytest.mark.parametrize("mla", range(4))
+def test_compute_holds_kq_without_flash_attention(v2_lite: Model, mla: int) -> None:
+    for threads in (1, 16):
+        given: dict[str, Any] = {"mla": mla, "flash_attn": False, "amb_mib": 0}
+        compute = planned(v2_lite, 65536, n_threads=threads, **given).arena_bytes
+        assert 2048 * MIB <= compute <= 2148 * MIB + transposed_bytes(mla, 65536)
+
+
+@pytest.mark.parametrize("n_ctx", [2048, 65536])
+@pytest.mark.parametrize("amb", [64, 128, 256, 512])
+@pytest.mark.parametrize("mla", range(4))
+def test_amb_bounds_kq(v2_lite: Model, mla: int, amb: int, n_ctx: int) -> None:
+    for threads in (1, 16):
+        given: dict[str, Any] = {"mla": mla, "flash_attn": False, "amb_mib": amb}
+        compute = planned(v2_lite, n_ctx, n_threads=threads, **given).arena_bytes
+        assert compute <= (64 + 2 * amb) * MIB + transposed_bytes(mla, n_ctx)
+
+
+def test_amb_bounds_the_chunks_of_expanded_attention(v2_lite: Model) -> None:
+    """A chunk of K and V takes min(-amb, 32 MiB)."""
+    small, large, huge = (
+        reported(v2_lite, mla=2, n_ctx=65536, amb_mib=amb).graphs[2].scratch["flash_expanded"]
+        for amb in (8, 32, 0)
+    )
+    assert small < 16 * MIB < 24 * MIB <= large == huge < 40 * MIB
+
+
+@pytest.mark.parametrize("target", NAMES)
+def test_every_target_can_be_planned(v2_lite: Model, target: str) -> None:
+    assert planned(v2_lite, 4096, target).arena_bytes <= 128 * MIB
+
+
+# -- the rest of the report ---------------------------------------------------------------------
+
+
+@pytest.fixture
+def no_profile(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(report_module, "kept_profile", lambda *_: None)
+
+
+def reported(model: Model, available: int = 2**60, **given: Any) -> Report:
+    return make_report(RunSettings(model=model.file.path, **given), available)
+
+
+def test_model_facts(v2_lite: Model) -> None:
+    facts = reported(v2_lite).model
+    assert (facts.arch, facts.name, facts.file_type) == ("deepseek2", "random v2-lite", "IQ4_NL")
+    assert facts.n_params == 15_706_484_224  # DeepSeek-V2-Lite's own count
+    assert {name: t.count for name, t in facts.tensor_types.items()} == {"IQ4_NL": 269, "F32": 108}
+    assert facts.file_bytes == v2_lite.file.path.stat().st_size
+    in_tensors = sum(t.nbytes for t in facts.tensor_types.values())
+    assert 0.99 * facts.file_bytes < in_tensors < facts.file_bytes
+
+
+def test_bytes_per_token(v2_lite: Model, v3: Model) -> None:
+    small, large = reported(v2_lite).cache, reported(v3).cache
+    assert small.bytes_per_token == 30.375 * 1024
+    assert small.plain_bytes_per_token == 270 * 1024
+    assert large.bytes_per_token == 68.625 * 1024
+    assert large.plain_bytes_per_token == 4880 * 1024
+    plain = reported(v2_lite, mla=0).cache
+    assert plain.bytes_per_token == plain.plain_bytes_per_token == 270 * 1024
+    kinds = reported(v2_lite, mla=1, flash_attn=False, type_k="q8_KV", n_ctx=65536).cache.kinds
+    assert {name: kind.nbytes / MIB for name, kind in kinds.items()} == {
+        "c^KV (q8_KV)": 985.5,
+        "kv^T (f16)": 1728.0,
+    }
+
+
+def test_graphs_are_those_of_the_plan(v2_lite: Model) -> None:
+    report = reported(v2_lite, n_threads=2)
+    assert [(g.name, g.n_tokens_max) for g in report.graphs] == [
+        ("few", 4),
+        ("absorbed", 512),
+        ("expanded", 512),
+    ]
+    assert report.compute_bytes == max(g.arena_bytes for g in report.graphs)
+    for graph in report.graphs:
+        assert graph.n_nodes > 27 * 15
+        assert graph.scratch and max(graph.scratch.values()) <= graph.arena_bytes
+    assert "flash_absorbed" in report.graphs[0].scratch
+    assert "flash_expanded" in report.graphs[2].scratch
+    assert [g.name for g in reported(v2_lite, mla=0).graphs] == ["few", "standard"]
+    assert [g.name for g in reported(v2_lite, mla=1).graphs] == ["few", "absorbed"]
+
+
+@pytest.mark.parametrize(
+    ("kv_b", "mla", "name", "count"),
+    [
+        ("joint", 1, "attn_k_b.weight", 27 * 16 * 512 * 136),
+        ("joint", 0, None, 0),
+        ("both", 3, None, 0),
+        ("split", 1, None, 0),
+        ("split", 3, "attn_uk.weight", 27 * 16 * 128 * 544),
+    ],
+)
+def test_derived_weights(
+    tiny_model: TinyModel, kv_b: str, mla: int, name: str | None, count: int
+) -> None:
+    model = load_model(tiny_model("v2-lite", "IQ4_NL", kv_b, sparse=True))
+    report = reported(model, mla=mla)
+    assert [(d.name, d.type, d.count) for d in report.derived] == (
+        [(name, "Q8_0", 27)] if name else []
+    )
+    assert report.derived_bytes == count == sum(d.nbytes for d in report.derived)
+
+
+@pytest.mark.usefixtures("no_profile")
+def test_multiply_adds(v2_lite: Model) -> None:
+    per_row = reported(v2_lite).work.per_row
+    assert per_row == {"standard": 320, "absorbed": 1088, "expanded": 320 + 131072 / 512}
+    for n, expanded in ((171, 1086.5), (2048, 384.0)):
+        given = {"n_ubatch": n, "n_batch": 2048}
+        assert reported(v2_lite, **given).work.per_row["expanded"] == pytest.approx(
+            expanded, abs=0.01
+        )
+    assert reported(v2_lite, n_ctx=256).work.n_batch == 256  # no batch is longer than the context
+
+
+@pytest.mark.usefixtures("no_profile")
+def test_work_per_token(v2_lite: Model) -> None:
+    work = reported(v2_lite, n_ctx=65536).work
+    shares = {"_exps.": 6 / 64, "_norm.": 0}
+    met = sum(
+        math.prod(t.shape) * next((s for part, s in shares.items() if part in name), 1)
+        for name, t in v2_lite.file.tensors.items()
+        if name not in ("token_embd.weight", "output.weight")
+    )
+    assert work.weights_per_token == met
+    assert work.logits_per_token == 2048 * 102400
+    attention = 27 * 16 * 65536
+    standard, absorbed = met + attention * 320, met + attention * 1088
+    kv_b = 27 * 512 * 16 * 256
+    expanded = met - kv_b + attention * 576
+    assert [(m.prompt_path, m.prompt_per_token) for m in work.modes] == [
+        ("standard", standard),
+        ("absorbed", absorbed),
+        ("expanded", expanded),
+        ("expanded", expanded),
+    ]
+    assert [(m.generation_path, m.generation_per_token) for m in work.modes] == [
+        ("standard", standard),
+        *[("absorbed", absorbed)] * 3,
+    ]
+
+
+@pytest.mark.usefixtures("no_profile")
+@pytest.mark.parametrize(
+    ("given", "crossover", "source"),
+    [
+        ({"mla": 0}, None, "one path"),
+        ({"mla": 1}, None, "one path"),
+        ({"mla": 2}, 128, "default"),
+        ({"mla": 2, "mla_threshold": 1}, 1, "--mla-threshold"),
+        ({"mla": 3, "mla_threshold": 900}, 900, "--mla-threshold"),
+        ({"mla": 3}, 171, "unmeasured"),
+    ],
+)
+def test_crossover(
+    v2_lite: Model, given: dict[str, Any], crossover: int | None, source: str
+) -> None:
+    switching = reported(v2_lite, **given).switching
+    assert (switching.crossover, switching.source) == (crossover, source)
+
+
+def test_the_kept_profile_decides(v2_lite: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = {}
+    for name, profile in (
+        ("fast matrices", MachineProfile(attention_rate=1e9, expansion_rate=8e9)),
+        ("slow matrices", MachineProfile(attention_rate=8e9, expansion_rate=1e9)),
+    ):
+        monkeypatch.setattr(report_module, "kept_profile", lambda *_, kept=profile: kept)
+        report = reported(v2_lite)
+        found[name] = (report.switching.crossover, report.work.modes[3].prompt_path)
+        assert report.switching.source == "measured"
+    assert found == {"fast matrices": (22, "expanded"), "slow matrices": (1366, "absorbed")}
+
+
+@pytest.mark.parametrize(
+    ("given", "slack", "verdict"),
+    [
+        ({}, -1, "does not fit"),
+        ({}, 0, "weights will page from disk"),
+        ({}, "weights", "fits"),
+        ({"mmap": False}, 0, "does not fit"),
+        ({"mmap": False}, "weights", "fits"),
+        ({"mlock": True}, 0, "does not fit"),
+    ],
+)
+def test_verdict(v2_lite: Model, given: dict[str, Any], slack: int | str, verdict: str) -> None:
+    plain = reported(v2_lite, n_ctx=4096)
+    need = plain.cache.nbytes + plain.compute_bytes + plain.output_bytes + plain.derived_bytes
+    assert plain.memory.needed_bytes == need
+    available = need + (plain.model.file_bytes if slack == "weights" else int(slack))
+    assert reported(v2_lite, available, n_ctx=4096, **given).memory.verdict == verdict
+
+
+def test_a_context_that_cannot_be_had_is_reported_all_the_same(v2_lite: Model) -> None:
+    report = reported(v2_lite, 2**33, n_ctx=2**31 - 1)
+    assert report.n_ctx == 2**31
+    assert report.memory.verdict == "does not fit"
+
+
+def test_json_holds_the_same_numbers(v2_lite: Model) -> None:
+    settings = RunSettings(model=v2_lite.file.path, n_ctx=65536, type_k="q8_KV", mla=1)
+    found, report = json.loads(report_json(settings)), make_report(settings)
+    assert found["n_ctx"] == 65536
+    assert found["cache"]["nbytes"] == report.cache.nbytes == 27 * 65536 * 584
+    assert found["cache"]["kinds"]["c^KV (q8_KV)"]["bytes_per_token"] == 27 * 584
+    assert found["compute_bytes"] == report.compute_bytes
+    assert [g["arena_bytes"] for g in found["graphs"]] == [g.arena_bytes for g in report.graphs]
+    assert found["work"]["per_row"]["absorbed"] == 1088
+    assert found["buffer_lines"] == list(report.buffer_lines)
+
+
+def test_text_holds_the_lines_that_scripts_look_for(v2_lite: Model) -> None:
+    settings = RunSettings(model=v2_lite.file.path, n_ctx=65536, mla=1)
+    text = report_text(settings)
+    assert "\n".join(make_report(settings).buffer_lines) in text
+    assert text.endswith("\n") and "\n\n\n" not in text
+
+
+def test_no_weight_is_read_and_nothing_compiled(
+    v2_lite: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def touched(*_: object, **__: object) -> None:
+        raise AssertionError("a weight was touched, or something was compiled")
+
+    monkeypatch.setattr(GGUFFile, "data", touched)
+    monkeypatch.setattr(GGUFFile, "address", touched)
+    monkeypatch.setattr("codegen.jit.Jit.__init__", touched)
+    monkeypatch.setattr("codegen.kernel.KernelSpec.build", touched)
+    for mla in range(4):
+        assert report_text(RunSettings(model=v2_lite.file.path, mla=mla))
+
+
+def test_a_type_that_kernels_cannot_read(tiny_model: TinyModel, tmp_path: Path) -> None:
+    source = tiny_model("tiny-v3", "Q8_0", sparse=True)
+    data = bytearray(source.read_bytes()[: 2**22])
+    name = b"blk.0.attn_output.weight"
+    at = data.index(name) + len(name) + 4 + 2 * 8  # behind n_dims and two dimensions: the type
+    assert data[at : at + 4] == (8).to_bytes(4, "little")
+    data[at : at + 4] = (6).to_bytes(4, "little")  # Q5_0: smaller blocks, so it lies in the file
+    path = tmp_path / "other.gguf"
+    path.write_bytes(data)
+    os.truncate(path, source.stat().st_size)
+    line = r"blk\.0\.attn_output\.weight: this tensor type is not supported \(got Q5_0"
+    with pytest.raises(ModelError, match=line):
+        report_text(RunSettings(model=path))
+
+
+def test_a_v3_sized_file_takes_less_than_0_7_s(v3: Model) -> None:
+    """Time on the CPU, which other processes do not lengthen; the best of three."""
+    seconds = []
+    for _ in range(3):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        command = [sys.executable, "-m", "mlacli", "report", "-m", str(v3.file.path), "-c", "0"]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        assert "KV self size  = 10980.00 MiB" in done.stdout
+        seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    assert min(seconds) < 0.7
