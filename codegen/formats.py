@@ -114,3 +114,9 @@ CACHE_FORMATS = {
 # Types of a K-only (latent) cache; the rest hold only -mla 0's K and V, as in ik_llama.cpp.
 LATENT_CACHE_TYPES = ("f32", "f16", "bf16", "q8_0", "q8_KV", "q6_0")
 BY_GGML_TYPE = {f.ggml_type: f for f in WEIGHT_FORMATS.values()}
+
+
+def transposed_type(fmt: BlockFormat) -> DType:
+    """Numbers of a transposed copy of such rows: blocks do not go along columns, and f16 is
+    enough for all but f32 rows, which are asked for to be exact."""
+    return f32 if fmt is F32 else f16

@@ -5,9 +5,11 @@ by (position, sequence id); -1 marks an empty cell. Rows are written by kernels;
 
     kind   row of a cell                                   used by
     c      [c_kv | k_pe] in type_k                         -mla 1, 2, 3
-    kv_t   c_kv transposed, f16: (kv_lora, n_ctx)          -mla 1 without flash attention
+    kv_t   c_kv transposed: (kv_lora, n_ctx)               -mla 1 without flash attention
     k, v   H heads of [k_nope | k_pe], H heads of v        -mla 0
-    v_t    v transposed, f16: (H * v, n_ctx)               -mla 0 without flash attention
+    v_t    v transposed: (H * v, n_ctx)                    -mla 0 without flash attention
+
+Transposed copies are f32 beside f32 rows, else f16.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from codegen.formats import F16, BlockFormat
+from codegen.formats import BlockFormat, transposed_type
 from mlacli.errors import SpaceError
 from mlacli.memory import allocate
 
@@ -49,11 +51,11 @@ class CacheLayout:
             row = self.fmt_k.row_bytes(self.kv_lora_rank + self.n_rope)
             kinds = {"c": row * self.n_ctx}
             if self.transposed:
-                kinds["kv_t"] = F16.row_bytes(self.kv_lora_rank) * self.n_ctx
+                kinds["kv_t"] = transposed_type(self.fmt_k).nbytes * self.kv_lora_rank * self.n_ctx
             return kinds
         k_row = self.n_head * self.fmt_k.row_bytes(self.n_nope + self.n_rope)
         if self.transposed:
-            v_kind, v_row = "v_t", F16.row_bytes(self.n_head * self.n_v)
+            v_kind, v_row = "v_t", transposed_type(self.fmt_v).nbytes * self.n_head * self.n_v
         else:
             v_kind, v_row = "v", self.n_head * self.fmt_v.row_bytes(self.n_v)
         return {"k": k_row * self.n_ctx, v_kind: v_row * self.n_ctx}
@@ -94,9 +96,7 @@ class Cache:
         used = np.flatnonzero(self.seq != EMPTY)
         return int(used[-1]) + 1 if len(used) else 0
 
-    def allocate(
-        self, positions: Sequence[int], sequences: Sequence[int]
-    ) -> npt.NDArray[np.int32]:
+    def allocate(self, positions: Sequence[int], sequences: Sequence[int]) -> npt.NDArray[np.int32]:
         """Take cells for new tokens, lowest first. Raises SpaceError when the context is full."""
         free = np.flatnonzero(self.seq == EMPTY)[: len(positions)]
         if len(free) < len(positions):
@@ -120,4 +120,3 @@ class Cache:
     def clear(self) -> None:
         self.seq[:] = EMPTY
         self.pos[:] = EMPTY
-

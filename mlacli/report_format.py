@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
+from codegen.formats import CACHE_FORMATS, transposed_type
 from mlacli.context import ContextPlan
 from mlacli.fit import size_text
 from mlacli.memory import MIB
@@ -45,12 +46,16 @@ def cache_names(kinds: Iterable[str], settings: RunSettings) -> dict[str, str]:
     """Kind of cached row -> its name and type, as ik_llama.cpp writes them."""
     names = {
         "c": f"c^KV ({settings.type_k})",
-        "kv_t": "kv^T (f16)",
+        "kv_t": f"kv^T ({_transposed(settings.type_k)})",
         "k": f"K ({settings.type_k})",
         "v": f"V ({settings.type_v})",
-        "v_t": "V (f16)",
+        "v_t": f"V ({_transposed(settings.type_v)})",
     }
     return {kind: names[kind] for kind in kinds}
+
+
+def _transposed(cache_type: str) -> str:
+    return str(transposed_type(CACHE_FORMATS[cache_type]))
 
 
 def _kinds(plan: ContextPlan, settings: RunSettings) -> str:

@@ -152,10 +152,12 @@ def notes(settings: RunSettings, request: Request | None = None) -> list[str]:
     if request is not None and request.raw and request.system:
         found.append("-sys has no effect with --no-cnv: no chat template is used")
     if settings.mla and settings.type_v != "f16":
-        why = "V is a part of the cached row"
-        if not settings.flash_attn:
-            why = "the transposed copy of the latent rows is f16"
-        found.append(f"-ctv {settings.type_v} has no effect with -mla {settings.mla}: {why}")
+        found.append(
+            f"-ctv {settings.type_v} has no effect with -mla {settings.mla}: "
+            "V is a part of the cached row"
+        )
+    if not settings.mla and not settings.flash_attn and settings.type_v == "bf16":
+        found.append("-ctv bf16: without flash attention V is kept transposed, as f16")
     if settings.flash_attn and settings.mla in (0, 1) and settings.amb_mib != 256:
         found.append(
             f"-amb {settings.amb_mib} has no effect with -fa on and -mla {settings.mla}: "

@@ -7,14 +7,15 @@ heads, with the scores of the whole cache in memory.
     transpose_c  builds vt from cached rows (absorbed only; other modes keep vt beside the cache)
 
 Heads h count from 0 in the slice, which starts at `head_start` of the model's. A row of s has
-n_kv rounded up to 16 columns (`padded`); the columns past n_kv weigh 0. vt is f16.
+n_kv rounded up to 16 columns (`padded`); the columns past n_kv weigh 0. vt holds f16, or f32 when
+the cache does (formats.transposed_type).
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from codegen.dtypes import f16, f32, i32, i64, u8
+from codegen.dtypes import DType, f32, i32, i64, u8
 from codegen.formats import BlockFormat
 from codegen.kernel import dim, kernel, ptr, value
 from codegen.kernels import tile
@@ -229,7 +230,7 @@ def soft_max(k: Kernel, s: Pointer, n_tokens: Value, n_kv: Value, *, n_slice: in
 @kernel(
     out=ptr(f32),
     s=ptr(f32),
-    vt=ptr(f16),
+    vt=ptr(u8),
     vt_stride=value(i64),
     head_start=value(i64),
     n_tokens=dim(),
@@ -250,12 +251,13 @@ def kqv(
     n_slice: int,
     d_v: int,
     copied: bool,
+    vt_type: DType,
 ) -> None:
     """out[t, head_start + h, d] = sum over j of s[h, t, j] * vt[d, j]; standard: vt[head, d, j].
 
     A row of vt has `vt_stride` columns, or padded(n_kv) when it is a copy made by transpose_c.
     """
-    stride = padded(n_kv)
+    stride, vt = padded(n_kv), vt.cast(vt_type)
     vt_stride = stride if copied else vt_stride
     heads = 1 if kind == ABSORBED else n_slice  # that differ in vt
     n_rows = n_tokens * (n_slice // heads)
@@ -302,7 +304,7 @@ def dot_rows(k: Kernel, rows: list[Pointer], v_rows: list[Pointer], n_cells: Val
     whole = n_cells // lanes * lanes
 
     def step(cell: Value, inside: Value | None) -> None:
-        vectors = [p.at(cell).load(f16 * lanes).to(f32) for p in v_rows]
+        vectors = [p.at(cell).load(p.elem * lanes).to(f32) for p in v_rows]
         if inside is not None:
             vectors = [k.select(inside, v, 0.0) for v in vectors]
         for acc, p in zip(sums, rows, strict=True):
@@ -327,7 +329,7 @@ def group_sums(k: Kernel, sums: list[Var]) -> list[Value]:
     return totals
 
 
-@kernel(vt=ptr(f16), c=ptr(u8), cell_seq=ptr(i32), n_kv=dim())
+@kernel(vt=ptr(u8), c=ptr(u8), cell_seq=ptr(i32), n_kv=dim())
 def transpose_c(
     k: Kernel,
     vt: Pointer,
@@ -338,8 +340,10 @@ def transpose_c(
     n_lora: int,
     n_rope: int,
     fmt: BlockFormat,
+    vt_type: DType,
 ) -> None:
-    """vt[d][j] = c[j][d] as f16, d < n_lora; a row has padded(n_kv) columns, empty cells are 0."""
+    """vt[d][j] = c[j][d], d < n_lora; a row has padded(n_kv) columns, empty cells are 0."""
+    vt = vt.cast(vt_type)
     lanes, stride, row_bytes = k.target.lanes, padded(n_kv), fmt.row_bytes(n_lora + n_rope)
     rows = k.stack(f32, lanes * BLOCK)
     with k.tiles((stride + (COPY_CELLS - 1)) // COPY_CELLS) as item:
@@ -355,4 +359,4 @@ def transpose_c(
                 with k.loop(0, BLOCK, lanes) as part:
                     cells = [rows.at(part + i * BLOCK).load(f32 * lanes) for i in range(lanes)]
                     for row, v in enumerate(tile.transpose(k, cells)):
-                        vt.at((column + part + row) * stride + first).store(v.to(f16))
+                        vt.at((column + part + row) * stride + first).store(v.to(vt_type))

@@ -2,7 +2,8 @@
 
 Latent rows (-mla 1, 2, 3) are [c_kv normed | k_pe rotated]; head rows (-mla 0) are, per head,
 [k_nope | k_pe rotated] in K and the values in V. Without flash attention the latent part or V is
-kept transposed: f16 [values][n_ctx], one column per cell. Token t is written to cells[t].
+kept transposed: [values][n_ctx], one column per cell, f16 or f32 (formats.transposed_type). Token
+t is written to cells[t].
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from codegen.dtypes import f16, f32, i32, i64, u8, u16
-from codegen.formats import BlockFormat
+from codegen.formats import BlockFormat, transposed_type
 from codegen.kernel import dim, kernel, ptr, value
 from codegen.kernels.blocks import BLOCK
 from codegen.kernels.encode import store_row
@@ -81,7 +82,7 @@ def store_latent(
 
 @kernel(
     cache=ptr(u8),
-    kv_t=ptr(f16),
+    kv_t=ptr(u8),
     kv_a=ptr(f32),
     w=ptr(f32),
     rope=ptr(f32),
@@ -103,16 +104,16 @@ def store_latent_both_ways(
     latent: Latent,
     fmt: BlockFormat,
 ) -> None:
-    """store_latent, and column cells[t] of kv_t [n_lora][n_ctx] = the normed latent part as f16."""
-    n = latent.n_lora
-    row, halves = k.stack(f32, latent.width), k.stack(f16, COLUMN_TOKENS * n)
+    """store_latent, and column cells[t] of kv_t [n_lora][n_ctx] = the normed latent part."""
+    n, kv_t = latent.n_lora, kv_t.cast(transposed_type(fmt))
+    row, columns = k.stack(f32, latent.width), k.stack(kv_t.elem, COLUMN_TOKENS * n)
     with token_groups(k, n_tokens, 1) as (first, count, _):
         with k.loop(0, count) as j:
             t = first + j
             latent_row(k, row, kv_a, w, rope, t, latent)
             store_at(k, fmt, cache, cells[t].to(i64), row, latent.width)
-            copy_as_f16(k, halves.at(j * n), row, n)
-        store_columns(k, kv_t, n_ctx, halves, cells.at(first), count, n)
+            copy_row(k, columns.at(j * n), row, n)
+        store_columns(k, kv_t, n_ctx, columns, cells.at(first), count, n)
 
 
 @kernel(
@@ -150,7 +151,7 @@ def store_kv(
 
 @kernel(
     k_cache=ptr(u8),
-    v_t=ptr(f16),
+    v_t=ptr(u8),
     kv=ptr(f32),
     kv_a=ptr(f32),
     rope=ptr(f32),
@@ -171,10 +172,11 @@ def store_kv_transposed(
     *,
     heads: Heads,
     fmt_k: BlockFormat,
+    fmt_v: BlockFormat,
 ) -> None:
-    """store_kv with V as f16 columns: v_t [H * n_v][n_ctx]."""
-    n = heads.n_v
-    row, halves = k.stack(f32, heads.k_width), k.stack(f16, COLUMN_TOKENS * n)
+    """store_kv with V as columns: v_t [H * n_v][n_ctx]."""
+    n, v_t = heads.n_v, v_t.cast(transposed_type(fmt_v))
+    row, columns = k.stack(f32, heads.k_width), k.stack(v_t.elem, COLUMN_TOKENS * n)
     with token_groups(k, n_tokens, heads.n_heads) as (first, count, head):
         with k.loop(0, count) as j:
             t = first + j
@@ -182,9 +184,9 @@ def store_kv_transposed(
             place = cells[t].to(i64) * heads.n_heads + head
             key_row(k, row, source, kv_a, rope, t, heads)
             store_at(k, fmt_k, k_cache, place, row, heads.k_width)
-            copy_as_f16(k, halves.at(j * n), source.at(heads.n_nope), n)
+            copy_row(k, columns.at(j * n), source.at(heads.n_nope), n)
         lines = v_t.at(head * n * n_ctx)
-        store_columns(k, lines, n_ctx, halves, cells.at(first), count, n)
+        store_columns(k, lines, n_ctx, columns, cells.at(first), count, n)
 
 
 @contextmanager
@@ -238,22 +240,24 @@ def store_at(
     store_row(k, fmt, row, n, lambda block: vectors(k, source.at(block * BLOCK), BLOCK))
 
 
-def copy_as_f16(k: Kernel, to: Pointer, source: Pointer, n: int) -> None:
+def copy_row(k: Kernel, to: Pointer, source: Pointer, n: int) -> None:
+    """n f32 at `source`, in the type of `to`."""
     with k.loop(0, n, BLOCK) as i:
-        store_vectors(to.at(i), [v.to(f16) for v in vectors(k, source.at(i), BLOCK)])
+        store_vectors(to.at(i), [v.to(to.elem) for v in vectors(k, source.at(i), BLOCK)])
 
 
 def store_columns(
     k: Kernel,
     lines: Pointer,
     n_ctx: Value,
-    halves: Pointer,
+    columns: Pointer,
     cells: Pointer,
     count: Value,
     n: int,
 ) -> None:
-    """lines[i][cells[j]] = halves[j][i] for i < n, j < count."""
+    """lines[i][cells[j]] = columns[j][i] for i < n, j < count."""
+    bits = u16 if lines.elem == f16 else lines.elem  # a lone f16 is moved as an integer
     with k.loop(0, n) as i:
-        line = lines.at(i * n_ctx).cast(u16)
+        line = lines.at(i * n_ctx).cast(bits)
         with k.loop(0, count) as j:
-            line[cells[j].to(i64)] = halves.at(j * n).cast(u16)[i]
+            line[cells[j].to(i64)] = columns.at(j * n).cast(bits)[i]

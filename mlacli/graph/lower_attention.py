@@ -10,7 +10,7 @@ from codegen.kernels.attention_expanded import Expanded
 from codegen.kernels.expand import Part
 from codegen.kernels.flash_expanded import Layout, flash_expanded, layout, rows_per_chunk
 from codegen.kernels.matmul import Shape
-from mlacli.graph.lower import At, Launch, Lower, Scratch, lowers
+from mlacli.graph.lower import At, Launch, Lower, Operand, Scratch, lowers
 from mlacli.graph.lower_dense import matrix_scratch, multiply, row_pitch
 from mlacli.graph.matrix import Heads, Matrix
 from mlacli.graph.node import Dim, Node
@@ -47,7 +47,7 @@ def _store_kv(lower: Lower, node: Node) -> list[Launch]:
     h = _heads(node)
     operands = (At(k_rows), At(v_rows), At(kv), At(kv_a), At(rope), At(cells))
     if node.attrs["transposed"]:
-        spec = cache.store_kv_transposed(heads=_stored(h), fmt_k=h.fmt_k)
+        spec = cache.store_kv_transposed(heads=_stored(h), fmt_k=h.fmt_k, fmt_v=h.fmt_v)
         return [Launch(node, spec, (*operands, lower.size(node, 0), Dim.N_TOKENS))]
     spec = cache.store_kv(heads=_stored(h), fmt_k=h.fmt_k, fmt_v=h.fmt_v)
     return [Launch(node, spec, (*operands, Dim.N_TOKENS))]
@@ -144,8 +144,15 @@ def _flash(lower: Lower, node: Node) -> list[Launch]:
         fmt_v=h.fmt_v if len(caches) > 1 else h.fmt_k,
         scale=h.scale,
     )
-    cells = tuple(At(n) for n in node.inputs[-4:])
-    operands = (At(q), At(caches[0]), At(caches[-1]), *cells, At(node), Scratch(node))
+    cells = [At(n) for n in node.inputs[-4:]]
+    operands: tuple[Operand, ...] = (
+        At(q),
+        At(caches[0]),
+        At(caches[-1]),
+        *cells,
+        At(node),
+        Scratch(node),
+    )
     return [Launch(node, spec, (*operands, Dim.N_TOKENS, Dim.N_KV))]
 
 
@@ -180,6 +187,6 @@ def _flash_expanded(lower: Lower, node: Node) -> list[Launch]:
         chunk_rows=at.chunk_rows,
         panel_bytes=at.panel_bytes,
     )
-    scratch = (Scratch(node, o) for o in (at.attend, at.state, at.rows, at.kv, at.panels))
-    operands = (*(At(n) for n in node.inputs), At(node), *scratch, Dim.N_TOKENS, Dim.N_KV)
-    return [Launch(node, spec, operands)]
+    operands: list[Operand] = [*map(At, node.inputs), At(node)]
+    operands += [Scratch(node, o) for o in (at.attend, at.state, at.rows, at.kv, at.panels)]
+    return [Launch(node, spec, (*operands, Dim.N_TOKENS, Dim.N_KV))]

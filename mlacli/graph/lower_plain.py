@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from codegen.formats import F32, BlockFormat
+from codegen.dtypes import DType
+from codegen.formats import F32, BlockFormat, transposed_type
 from codegen.kernels import attention_plain
 from codegen.kernels.attention import ABSORBED, STANDARD
 from codegen.kernels.attention_plain import kq_scratch_bytes
 from codegen.kernels.expand import HEAD_CHUNK, Part, expand_head, latent_pitch
-from mlacli.graph.lower import At, Launch, Lower, Scratch, lowers
+from mlacli.graph.lower import At, Launch, Lower, Operand, Scratch, lowers
 from mlacli.graph.lower_dense import panel_scratch
 from mlacli.graph.matrix import Heads, Matrix
 from mlacli.graph.node import Dim, Node
@@ -28,6 +29,12 @@ def _key_rows(node: Node) -> tuple[int, BlockFormat]:
         case "expanded":
             return h.q_width, F32
     return h.q_width, h.fmt_k
+
+
+def _values_type(node: Node) -> DType:
+    """Numbers of the transposed values that the weighted sum reads."""
+    h: Heads = node.attrs["heads"]
+    return transposed_type(h.fmt_v if node.attrs["rows"] == "standard" else h.fmt_k)
 
 
 def _kq_scratch(lower: Lower, node: Node) -> int:
@@ -55,7 +62,7 @@ def _kq(lower: Lower, node: Node) -> list[Launch]:
         fmt_k=fmt,
         scale=h.scale,
     )
-    operands = (
+    operands: tuple[Operand, ...] = (
         At(node),
         At(q),
         At(k),
@@ -86,6 +93,7 @@ def _kqv(lower: Lower, node: Node) -> list[Launch]:
         n_slice=lower.size(p, 0),
         d_v=h.n_lora if node.attrs["rows"] == "absorbed" else h.n_v,
         copied=copied,
+        vt_type=_values_type(node),
     )
     stride = 0 if copied else lower.size(v, 0)
     operands = (At(node), At(p), At(v), stride, int(node.attrs["first"]))
@@ -96,15 +104,20 @@ def _kqv(lower: Lower, node: Node) -> list[Launch]:
 def _transpose_c(lower: Lower, node: Node) -> list[Launch]:
     cache, cells = node.inputs
     h: Heads = node.attrs["heads"]
-    spec = attention_plain.transpose_c(n_lora=h.n_lora, n_rope=h.n_rope, fmt=h.fmt_k)
+    spec = attention_plain.transpose_c(
+        n_lora=h.n_lora, n_rope=h.n_rope, fmt=h.fmt_k, vt_type=transposed_type(h.fmt_k)
+    )
     return [Launch(node, spec, (At(node), At(cache), At(cells), Dim.N_KV))]
 
 
 @lowers("transpose_v")
 def _transpose_v(lower: Lower, node: Node) -> list[Launch]:
-    """One head's expanded values, f32 rows, as f16 columns."""
+    """One head's expanded values, f32 rows, as columns."""
     v, cells = node.inputs
-    spec = attention_plain.transpose_c(n_lora=lower.size(node, 0), n_rope=0, fmt=F32)
+    h: Heads = node.attrs["heads"]
+    spec = attention_plain.transpose_c(
+        n_lora=lower.size(node, 0), n_rope=0, fmt=F32, vt_type=transposed_type(h.fmt_k)
+    )
     return [Launch(node, spec, (At(node), At(v), At(cells), Dim.N_KV))]
 
 

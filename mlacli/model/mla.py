@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from codegen.formats import transposed_type
 from mlacli.graph.node import Dim, Node
 from mlacli.model.layers import Builder, Path, T, linear, rms_norm
 
@@ -93,8 +94,9 @@ def absorbed(b: Builder, layer: int, q: Node, kv_a: Node) -> Node:
     else:
         if kv_t is None:
             turned, cells = (c.kv_lora_rank, Dim.N_KV), b.input("cell_seq", "i32", b.options.n_ctx)
+            dtype = str(transposed_type(b.options.fmt_k))
             kv_t = g.add(
-                "transpose_c", "f16", turned, cache, cells, name=f"kv_t-{layer}", heads=b.heads
+                "transpose_c", dtype, turned, cache, cells, name=f"kv_t-{layer}", heads=b.heads
             )
         sums = _plain(b, layer, q_c, cache, kv_t, latent)
     v_b = b.weight(b.weights.v_b(layer))
@@ -182,7 +184,8 @@ def _plain_expanded(b: Builder, layer: int, q: Node, cache: Node, w_uk: Node, v_
             name="v" + tag, heads=b.heads, head=head, with_rope=False,
         )  # fmt: skip
         cells = b.input("cell_seq", "i32", b.options.n_ctx)
-        v_t = g.add("transpose_v", "f16", (c.n_v, Dim.N_KV), v, cells, name="v_t" + tag)
+        dtype, turned = str(transposed_type(b.options.fmt_k)), (c.n_v, Dim.N_KV)
+        v_t = g.add("transpose_v", dtype, turned, v, cells, name="v_t" + tag, heads=b.heads)
         out = (T, c.n_head * c.n_v)
         sums = _slice(b, tag, q, k, v_t, sums, out, head, 1, rows="expanded")
     assert sums is not None

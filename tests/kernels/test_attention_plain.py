@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from codegen.dtypes import DType, f16, f32
 from codegen.formats import CACHE_FORMATS, F16, LATENT_CACHE_TYPES, Q8_KV, BlockFormat
 from codegen.kernels.attention import ABSORBED, STANDARD
 from codegen.kernels.attention_plain import (
@@ -38,6 +39,7 @@ from tests.kernels.harness import (
 )
 
 N_HEAD, HEAD_START, N_SLICE = 5, 1, 3
+NUMPY = {f16: np.float16, f32: np.float32}
 
 
 def padded(n_kv: int) -> int:
@@ -123,8 +125,9 @@ def test_soft_max(target: Target) -> None:
 
 
 @each_target
+@pytest.mark.parametrize("vt_type", [f16, f32], ids=str)
 @pytest.mark.parametrize("kind", [ABSORBED, STANDARD])
-def test_kqv(target: Target, kind: str) -> None:
+def test_kqv(target: Target, kind: str, vt_type: DType) -> None:
     rng = np.random.default_rng(5)
     for n_tokens, n_kv, d_v in ((1, 1, 128), (2, 31, 160), (33, 33, 160), (7, 1100, 128)):
         copied, n_ctx = kind == ABSORBED and n_kv < 1100, padded(n_kv) + 32
@@ -132,7 +135,7 @@ def test_kqv(target: Target, kind: str) -> None:
         s[..., n_kv:] = 0
         stride = padded(n_kv) if copied else n_ctx
         n_vt = 1 if kind == ABSORBED else N_HEAD
-        vt = rng.standard_normal((n_vt, d_v, stride)).astype(np.float16)
+        vt = rng.standard_normal((n_vt, d_v, stride)).astype(NUMPY[vt_type])
         vt[..., n_kv:] = np.nan
         heads = slice(0, 1) if kind == ABSORBED else slice(HEAD_START, HEAD_START + N_SLICE)
         values = np.broadcast_to(vt[heads, :, :n_kv].astype(np.float64), (N_SLICE, d_v, n_kv))
@@ -144,7 +147,9 @@ def test_kqv(target: Target, kind: str) -> None:
             "n_tokens": n_tokens,
         }
         args |= {"vt_stride": n_ctx, "head_start": HEAD_START, "n_kv": n_kv}
-        spec = kqv(kind=kind, n_head=N_HEAD, n_slice=N_SLICE, d_v=d_v, copied=copied)
+        spec = kqv(
+            kind=kind, n_head=N_HEAD, n_slice=N_SLICE, d_v=d_v, copied=copied, vt_type=vt_type
+        )
         other_heads = np.ones((N_HEAD, 1), np.bool_)
         other_heads[HEAD_START : HEAD_START + N_SLICE] = False
         found = run_guarded(spec, target, args, outputs=["out"], padding={"out": other_heads})
@@ -152,20 +157,21 @@ def test_kqv(target: Target, kind: str) -> None:
 
 
 @each_target
+@pytest.mark.parametrize("vt_type", [f16, f32], ids=str)
 @pytest.mark.parametrize("name", LATENT_CACHE_TYPES)
-def test_transpose_c(target: Target, name: str) -> None:
+def test_transpose_c(target: Target, name: str, vt_type: DType) -> None:
     fmt, n_lora, n_rope = CACHE_FORMATS[name], 160, 32
-    spec = transpose_c(n_lora=n_lora, n_rope=n_rope, fmt=fmt)
+    spec = transpose_c(n_lora=n_lora, n_rope=n_rope, fmt=fmt, vt_type=vt_type)
     for n_kv in (1, 31, 100):
         cache = make_cache(2, n_kv)
         values = np.random.default_rng(7).standard_normal((n_kv, n_lora + n_rope))
         c, decoded = stored(values, fmt, cache.cell_seq >= 0)
-        vt = np.zeros((n_lora, padded(n_kv)), np.float16)
+        vt = np.zeros((n_lora, padded(n_kv)), NUMPY[vt_type])
         args: dict[str, Any] = {"vt": vt, "c": c, "cell_seq": cache.cell_seq, "n_kv": n_kv}
         found = run_guarded(spec, target, args, outputs=["vt"])["vt"]
         expected = np.zeros(vt.shape)
         expected[:, :n_kv] = np.where(cache.cell_seq >= 0, decoded[:, :n_lora].T, 0)
-        assert np.array_equal(found, expected.astype(np.float16))
+        assert np.array_equal(found, expected.astype(vt.dtype))
 
 
 def test_plain_attention_does_not_depend_on_threads() -> None:
@@ -181,7 +187,7 @@ def test_plain_attention_does_not_depend_on_threads() -> None:
     vt = rng.standard_normal((128, 704)).astype(np.float16)
     sizes = {"n_tokens": 7, "n_kv": 700}
     assert_threads_agree(soft_max(n_slice=N_SLICE), target, lambda: {"s": s.copy(), **sizes}, ["s"])
-    spec = kqv(kind=ABSORBED, n_head=N_SLICE, n_slice=N_SLICE, d_v=128, copied=True)
+    spec = kqv(kind=ABSORBED, n_head=N_SLICE, n_slice=N_SLICE, d_v=128, copied=True, vt_type=f16)
     out = np.zeros((7, N_SLICE, 128), np.float32)
     rest = {"s": s, "vt": vt, "vt_stride": 0, "head_start": 0, **sizes}
     assert_threads_agree(spec, target, lambda: {"out": out.copy(), **rest}, ["out"])

@@ -6,7 +6,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from codegen.formats import CACHE_FORMATS, F32, LATENT_CACHE_TYPES, Q4_0, Q8_0, Q8_KV, BlockFormat
+from codegen.formats import (
+    CACHE_FORMATS,
+    F16,
+    F32,
+    LATENT_CACHE_TYPES,
+    Q4_0,
+    Q8_0,
+    Q8_KV,
+    BlockFormat,
+)
 from codegen.kernels.cache import (
     Heads,
     Latent,
@@ -94,12 +103,12 @@ def test_store_latent_of_deepseek(target: Any) -> None:
 
 @each_target
 @each_count
-@pytest.mark.parametrize("name", ["f16", "q8_KV"])
+@pytest.mark.parametrize("name", ["f16", "q8_KV", "f32"])
 def test_store_latent_both_ways(target: Any, n_tokens: int, name: str) -> None:
     given, fmt = inputs(n_tokens), CACHE_FORMATS[name]
     given["n_ctx"] = N_CTX
     cache = old_rows(N_CTX, fmt.row_bytes(LATENT.width))
-    kv_t = np.full((LATENT.n_lora, N_CTX), 7, np.float16)
+    kv_t = np.full((LATENT.n_lora, N_CTX), 7, np.float32 if name == "f32" else np.float16)
     spec = store_latent_both_ways(latent=LATENT, fmt=fmt)
 
     def make() -> dict[str, Any]:
@@ -110,7 +119,7 @@ def test_store_latent_both_ways(target: Any, n_tokens: int, name: str) -> None:
     rows, cells = stored_f32(target, without), given["cells"]
     cache[cells] = quantise(rows, fmt)
     np.testing.assert_array_equal(found["cache"], cache)
-    kv_t[:, cells] = rows[:, : LATENT.n_lora].T.astype(np.float16)
+    kv_t[:, cells] = rows[:, : LATENT.n_lora].T.astype(kv_t.dtype)
     np.testing.assert_array_equal(found["kv_t"], kv_t)
     if n_tokens != 32:
         run_guarded(spec, target, make(), outputs=[], updates=["cache", "kv_t"], n_threads=2)
@@ -167,19 +176,24 @@ def test_store_kv(target: Any, name: str, n_tokens: int) -> None:
 
 @each_target
 @each_count
-@pytest.mark.parametrize("fmt", [Q8_0, Q8_KV], ids=["q8_0", "q8_KV"])
-def test_store_kv_transposed(target: Any, fmt: BlockFormat, n_tokens: int) -> None:
+@pytest.mark.parametrize(
+    ("fmt", "fmt_v"), [(Q8_0, F16), (Q8_KV, F16), (F16, F32)], ids=lambda fmt: fmt.name
+)
+def test_store_kv_transposed(
+    target: Any, fmt: BlockFormat, fmt_v: BlockFormat, n_tokens: int
+) -> None:
     given = kv_inputs(n_tokens, SMALL) | {"n_ctx": N_CTX}
     k_cache = old_rows(N_CTX * SMALL.n_heads, fmt.row_bytes(SMALL.k_width))
-    v_t = np.full((SMALL.n_heads, SMALL.n_v, N_CTX), 7, np.float16)
-    spec = store_kv_transposed(heads=SMALL, fmt_k=fmt)
+    dtype = np.float32 if fmt_v is F32 else np.float16
+    v_t = np.full((SMALL.n_heads, SMALL.n_v, N_CTX), 7, dtype)
+    spec = store_kv_transposed(heads=SMALL, fmt_k=fmt, fmt_v=fmt_v)
 
     def make() -> dict[str, Any]:
         return given | {"k_cache": k_cache.copy(), "v_t": v_t.copy()}
 
     found = assert_threads_agree(spec, target, make, ["k_cache", "v_t"])
     check_k(target, found["k_cache"], k_cache, given, fmt)
-    values = given["kv"][..., SMALL.n_nope :].astype(np.float16)
+    values = given["kv"][..., SMALL.n_nope :].astype(dtype)
     v_t[:, :, given["cells"]] = values.transpose(1, 2, 0)
     np.testing.assert_array_equal(found["v_t"], v_t)
     if n_tokens != 32:

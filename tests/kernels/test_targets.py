@@ -94,7 +94,7 @@ def sample_specs() -> list[KernelSpec]:
         *(cache.store_latent(latent=latent, fmt=CACHE_FORMATS[n]) for n in LATENT_CACHE_TYPES),
         cache.store_latent_both_ways(latent=latent, fmt=F16),
         cache.store_kv(heads=heads, fmt_k=Q5_0, fmt_v=IQ4_NL),
-        cache.store_kv_transposed(heads=heads, fmt_k=Q8_0),
+        cache.store_kv_transposed(heads=heads, fmt_k=Q8_0, fmt_v=F16),
         router.route(routing=Routing(8, 2, "softmax")),
         router.route(routing=v3),
         router.group_tokens(n_expert=24, n_used=3),

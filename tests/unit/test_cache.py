@@ -8,7 +8,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from codegen.formats import CACHE_FORMATS, F16, F32, Q8_0, Q8_KV
+from codegen.formats import BF16, CACHE_FORMATS, F16, F32, Q8_0, Q8_KV
 from mlacli.cache import EMPTY, Cache, CacheLayout
 from mlacli.errors import SpaceError
 from mlacli.memory import MIB
@@ -34,9 +34,13 @@ def test_a_latent_cache_has_one_row_for_all_heads() -> None:
     assert SMALL.bytes_per_token == 3 * 2 * 96
 
 
-def test_the_transposed_copy_is_f16_whatever_the_rows_are() -> None:
+def test_the_transposed_copy_is_f16_beside_all_but_f32_rows() -> None:
     layout = replace(SMALL, fmt_k=Q8_KV, transposed=True)
     assert layout.bytes_per_layer() == {"c": 8 * (8 + 96), "kv_t": 8 * 2 * 64}
+    layout = replace(SMALL, fmt_k=BF16, transposed=True)
+    assert layout.bytes_per_layer() == {"c": 8 * 2 * 96, "kv_t": 8 * 2 * 64}
+    layout = replace(SMALL, fmt_k=F32, transposed=True)
+    assert layout.bytes_per_layer() == {"c": 8 * 4 * 96, "kv_t": 8 * 4 * 64}
 
 
 def test_k_and_v_have_a_row_per_head() -> None:
@@ -49,6 +53,8 @@ def test_k_and_v_have_a_row_per_head() -> None:
 def test_v_is_transposed_without_flash_attention() -> None:
     layout = replace(SMALL, latent=False, fmt_k=F32, transposed=True)
     assert layout.bytes_per_layer() == {"k": 8 * 4 * 4 * 64, "v_t": 8 * 2 * 4 * 64}
+    layout = replace(SMALL, latent=False, fmt_v=F32, transposed=True)
+    assert layout.bytes_per_layer() == {"k": 8 * 2 * 4 * 64, "v_t": 8 * 4 * 4 * 64}
 
 
 @pytest.mark.parametrize(

@@ -80,7 +80,11 @@ def test_every_cache_type_has_a_place(type_k: str, mla: int) -> None:
         ),
         (
             {"type_v": "f32", "mla": 1, "flash_attn": False},
-            "-ctv f32 has no effect with -mla 1: the transposed copy of the latent rows is f16",
+            "-ctv f32 has no effect with -mla 1: V is a part of the cached row",
+        ),
+        (
+            {"type_v": "bf16", "mla": 0, "flash_attn": False},
+            "-ctv bf16: without flash attention V is kept transposed, as f16",
         ),
         (
             {"amb_mib": 64, "mla": 1},
@@ -100,6 +104,7 @@ def test_notes(values: dict[str, Any], note: str) -> None:
     "values",
     [
         {"type_v": "q8_0", "mla": 0},
+        {"type_v": "f32", "mla": 0, "flash_attn": False},
         {"amb_mib": 64, "mla": 3},
         {"amb_mib": 64, "mla": 0, "flash_attn": False},
         {"mla_threshold": 64, "mla": 2},
