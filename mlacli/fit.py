@@ -57,19 +57,26 @@ def context_size(
     Takes no memory. Says through `note` when the model was trained on less, or less fits. Raises
     SpaceError when the context cannot fit, UsageError when the cache type cannot hold a row.
     """
-    check_cache_rows(config, settings)
     available = free_bytes() if available_bytes is None else available_bytes
-    say = note or (lambda line: None)
+    n_ctx = wanted_context(config, settings, available, note or (lambda line: None))
+    least_need(config, settings, n_ctx).check(n_ctx, available)
+    return n_ctx
+
+
+def wanted_context(
+    config: ModelConfig, settings: RunSettings, available: int, note: Callable[[str], None]
+) -> int:
+    """As `context_size`, but what is asked for need not fit."""
+    check_cache_rows(config, settings)
     if settings.n_ctx is None:
         n_ctx = default_context(config, settings, available)
-        wanted = min(config.n_ctx_train, DEFAULT_CONTEXT)
-        if n_ctx < wanted:
-            say(f"note: the context is {n_ctx} tokens: memory for {wanted} is not available")
-    else:
-        n_ctx = settings.n_ctx or config.n_ctx_train
-        if n_ctx > config.n_ctx_train:
-            say(f"note: -c {n_ctx}: the model was trained on {config.n_ctx_train} tokens")
-    least_need(config, settings, n_ctx).check(n_ctx, available)
+        most = min(config.n_ctx_train, DEFAULT_CONTEXT)
+        if n_ctx < most:
+            note(f"note: the context is {n_ctx} tokens: memory for {most} is not available")
+        return n_ctx
+    n_ctx = settings.n_ctx or config.n_ctx_train
+    if n_ctx > config.n_ctx_train:
+        note(f"note: -c {n_ctx}: the model was trained on {config.n_ctx_train} tokens")
     return n_ctx
 
 

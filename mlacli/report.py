@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from codegen.formats import BlockFormat
 from mlacli.context import ContextPlan, PlannedGraph, plan_context
 from mlacli.engine import Model, load_model
-from mlacli.fit import check_cache_rows, context_size, default_context, planned_need
+from mlacli.fit import context_size, planned_need, wanted_context
 from mlacli.free_memory import available_bytes
 from mlacli.gguf.problem import printable
 from mlacli.graph.lower import scratch_bytes
@@ -137,12 +137,13 @@ def make_report(settings: RunSettings, available: int | None = None) -> Report:
     """
     model = load_model(settings.model)
     config, target = model.config, this_target()
-    check_cache_rows(config, settings)
     available = available_bytes() if available is None else available
-    if settings.n_ctx is None:
-        n_ctx = default_context(config, settings, available)
-    else:
-        n_ctx = settings.n_ctx or config.n_ctx_train
+    notes = list(model.notes)
+
+    def note(line: str) -> None:
+        notes.append(line.removeprefix("note: "))
+
+    n_ctx = wanted_context(config, settings, available, note)
     plan = plan_context(config, model.weights, settings, target, n_ctx=n_ctx)
     profile = kept_profile(target, settings.n_threads_batch)
     return Report(
@@ -160,7 +161,7 @@ def make_report(settings: RunSettings, available: int | None = None) -> Report:
         switching=switching(config, settings, profile, settings.mla),
         memory=_memory_facts(model, plan, settings, available),
         buffer_lines=tuple(buffer_lines(plan, settings)),
-        notes=model.notes,
+        notes=tuple(notes),
     )
 
 
