@@ -27,7 +27,7 @@ class Call:
 
     def __init__(self, jit: Jit, spec: KernelSpec, arguments: Sequence[Argument]) -> None:
         address, n_counters = jit.load(spec)
-        self._keep = arguments
+        self._keep = (jit, arguments)
         self._counters = aligned_words(job_layout.LINE_WORDS * max(1, n_counters))
         self._sizes = np.zeros(len(arguments) + 1, np.int64)
         self._args = aligned_words(len(arguments) + 1)

@@ -46,7 +46,11 @@ def futex_number() -> int:
 
 
 def emit_step(k: Kernel, thread: Value) -> None:
-    """Walk the launches; a cancelled step passes its barriers but runs nothing more."""
+    """Walk the launches; a cancelled step passes its barriers but runs nothing more.
+
+    A launch whose inputs are incomplete is never run: whoever cut them short saw the cancel word,
+    and so does everyone who meets that thread at the barrier between.
+    """
     k.n_threads = k.job[job_layout.N_THREADS]  # anew for each job
     launches = k.load_pointer(k.job.at(job_layout.LAUNCHES), i64)
     with k.loop(0, k.job[job_layout.N_LAUNCHES]) as i:
@@ -55,7 +59,7 @@ def emit_step(k: Kernel, thread: Value) -> None:
             k.barrier()
         with k.when(k.cancelled().eq(0)):
             k.call_through(launch, k.load_pointer(launch.at(1), i64), k.job, thread)
-    k.barrier()
+    job_layout.emit_finish(k, thread)
 
 
 @kernel()
@@ -94,6 +98,7 @@ def _wait_for_change(k: Kernel, seen: Value, futex: int) -> None:
 def pool_submit(k: Kernel, *, futex: int) -> None:
     """Run the job: publish the ticket, wake sleepers, be thread 0. `thread` holds the new ticket."""
     k.job[job_layout.BARRIER_BASE] = k.load_atomic(k.job.at(job_layout.BARRIER))
+    k.store_atomic(k.job.at(job_layout.FINISHED), 0)
     k.store_atomic(k.args.at(TICKET), k.thread)
     if futex:
         with k.when(k.load_atomic(k.args.at(SLEEPERS)) > 0):
@@ -114,6 +119,7 @@ class Pool:
         if not 1 <= n_threads <= MAX_THREADS:
             raise ValueError(f"n_threads {n_threads} is not in 1..{MAX_THREADS}")
         self.n_threads = n_threads
+        self._jit = jit  # owns the code that the workers are in
         self._words = aligned_words(POOL_WORDS)
         self._job = aligned_words(job_layout.JOB_WORDS)
         self._cancel = aligned_words(job_layout.LINE_WORDS)

@@ -28,7 +28,7 @@ def allocate(n: int, what: str, *, huge: bool = False) -> Block:
     `huge` asks for transparent huge pages (madvise); `huge_bytes` tells how many there are.
     """
     try:
-        block = mmap.mmap(-1, max(n, 1))
+        block = mmap.mmap(-1, max(n, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     except (OSError, OverflowError, ValueError, MemoryError) as problem:
         raise SpaceError(f"{what} needs {n / MIB:.2f} MiB, more than there is") from problem
     if huge and hasattr(mmap, "MADV_HUGEPAGE"):
