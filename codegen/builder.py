@@ -4,7 +4,7 @@ This file and jit.py are the only ones that import llvmlite. What llvmlite lacks
 opaque pointers everywhere, vector intrinsics declared by hand, no bfloat (kept as 16-bit integers).
 
 Machine contract of a kernel: `void kernel(ptr args, ptr job, i64 thread)`. `args` is a table of
-8-byte slots, one per parameter, then the kernel's tile counters; `job` is laid out in codegen/job.py.
+8-byte slots, one per parameter, then the kernel's tile counters; `job` is laid out in job.py.
 """
 
 from __future__ import annotations

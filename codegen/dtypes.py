@@ -1,4 +1,4 @@
-"""Machine types as kernels see them. Unlike LLVM's, a `DType` knows whether an integer is signed."""
+"""Machine types as kernels see them; unlike LLVM's, they know whether an integer is signed."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 @dataclass(frozen=True)
 class DType:
-    """`kind` is f (float), g (bfloat), i (signed), u (unsigned) or b (bool); `f32 * 16` is a vector."""
+    """`kind` is f (float), g (bfloat), i (signed), u (unsigned), b (bool); f32 * 16 is a vector."""
 
     kind: str
     bits: int

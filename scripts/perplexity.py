@@ -37,7 +37,8 @@ def negative_log_likelihoods(
     top = wide.max(axis=1)
     log_sum = top + np.log(np.exp(wide - top[:, None]).sum(axis=1))
     chosen: npt.NDArray[np.float64] = wide[np.arange(len(targets)), targets]
-    return log_sum - chosen
+    result: npt.NDArray[np.float64] = log_sum - chosen
+    return result
 
 
 def chunk_losses(
@@ -81,9 +82,7 @@ def main() -> None:
     tokenizer = Tokenizer(data, model.config.n_vocab)
     tokens = tokenizer.encode_bytes(given.file.read_bytes())
     bos = data.bos if data.add_bos else None
-    engine = start_engine(
-        model, settings, make_jit(), given.ctx_size, n_out_max=settings.n_ubatch
-    )
+    engine = start_engine(model, settings, make_jit(), given.ctx_size, n_out_max=settings.n_ubatch)
     losses: list[npt.NDArray[np.float64]] = []
     for part in chunk_losses(engine, tokens, given.ctx_size, given.chunks, bos):
         losses.append(part)
@@ -93,7 +92,9 @@ def main() -> None:
     ppl = math.exp(float(scored.mean()))
     error = ppl * float(scored.std(ddof=1)) / math.sqrt(len(scored))
     chunks, n_ctx = len(losses), given.ctx_size
-    print(f"\nFinal estimate: PPL over {chunks} chunks for n_ctx={n_ctx} = {ppl:.4f} +/- {error:.5f}")
+    print(
+        f"\nFinal estimate: PPL over {chunks} chunks for n_ctx={n_ctx} = {ppl:.4f} +/- {error:.5f}"
+    )
 
 
 if __name__ == "__main__":

@@ -18,13 +18,9 @@ MLACLI = (sys.executable, "-m", "mlacli")
 ANSWER = "Serialize ``obj`` to a JSON formatted ``s``."
 
 
-def mlacli(*words: str, **options: object) -> subprocess.CompletedProcess[str]:
+def mlacli(*words: str, text: str | None = None) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [*MLACLI, *words],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        **options,  # type: ignore[call-overload]
+        [*MLACLI, *words], capture_output=True, text=True, timeout=120, input=text
     )
 
 
@@ -39,7 +35,7 @@ def test_the_bundled_model_answers_in_every_mode(mla: str, flash: str) -> None:
 
 
 def test_prompt_from_standard_input_is_answered_and_the_program_ends() -> None:
-    done = mlacli("run", "--temp", "0", "-n", "3", input="What does json.dumps do?")
+    done = mlacli("run", "--temp", "0", "-n", "3", text="What does json.dumps do?")
     assert done.returncode == 0
     assert done.stdout == ANSWER[: len(done.stdout) - 1] + "\n"
 

@@ -3,8 +3,8 @@
     for each chunk of cache rows:  K, V = kv_b c   (a matrix product, all heads)
                                    fold softmax(q K) V of the chunk into the running result
 
-Only one chunk of K and V exists at a time, so memory does not grow with the context. Threads meet at
-barriers between the parts of a chunk: the next part reads what all of them wrote.
+Only one chunk of K and V exists at a time, so memory does not grow with the context. Threads meet
+at barriers between the parts of a chunk: the next part reads what all of them wrote.
 """
 
 from __future__ import annotations

@@ -6,7 +6,6 @@ machines other than this one; codegen/jit.py asks LLVM for them.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 

@@ -85,7 +85,7 @@ class Tokenizer:
         self._model = _byte_pair_encoder(data, normal)
         self._longest = max(map(len, data.tokens))  # characters stand for bytes or for themselves
         known = self._control | self._user_defined
-        named = {data.eos, data.eot, data.eom} - {None}
+        named = {token for token in (data.eos, data.eot, data.eom) if token is not None}
         self.end_ids = frozenset(named | {known[text] for text in _END_TEXTS & known.keys()})
 
     @property
