@@ -96,7 +96,7 @@ def _wait_for_change(k: Kernel, seen: Value, futex: int) -> None:
 
 @kernel()
 def pool_submit(k: Kernel, *, futex: int) -> None:
-    """Run the job: publish the ticket, wake sleepers, be thread 0. `thread` holds the new ticket."""
+    """Run the job: publish the ticket, wake sleepers, be thread 0. `thread` is the new ticket."""
     k.job[job_layout.BARRIER_BASE] = k.load_atomic(k.job.at(job_layout.BARRIER))
     k.store_atomic(k.job.at(job_layout.FINISHED), 0)
     k.store_atomic(k.args.at(TICKET), k.thread)
