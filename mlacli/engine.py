@@ -110,7 +110,8 @@ class Engine:
     ) -> Logits:
         """Evaluate tokens in micro-batches; logits of the `wanted` ones (default: the last).
 
-        Raises SpaceError when the context is full, Cancelled after `cancel`.
+        Raises SpaceError when the context is full, Cancelled after `cancel`: the micro-batches
+        before the one that was cancelled stay in the cache.
         """
         wanted = [len(tokens) - 1] if wanted is None else list(wanted)
         sequences = [0] * len(tokens) if sequences is None else sequences
@@ -142,6 +143,7 @@ class Engine:
         self._fill(tokens, positions, sequences, cells, wanted)
         threads = self.settings.n_threads if n <= FEW_TOKENS else self.settings.n_threads_batch
         if not program.run(self.pool, threads):
+            self.pool.clear_cancel()
             self.cache.release(cells)
             raise Cancelled
         vocab = self.model.config.n_vocab
@@ -173,6 +175,7 @@ class Engine:
             self._dims[i] = sizes[dim]
 
     def cancel(self) -> None:
+        """End the step under way, or the next one if there is none; from any thread."""
         self.pool.cancel()
 
     # -- programs -----------------------------------------------------------------------------
