@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from codegen.dtypes import DType
-from codegen.formats import BlockFormat, Field
+from codegen.formats import RUN, BlockFormat, Field, Groups
 from mlacli.gguf.parse import format_of
 from mlacli.gguf.reader import GGUFFile
 
@@ -43,7 +43,9 @@ def dequantise(data: Bytes, fmt: BlockFormat, n: int) -> Floats:
     header, blocks = _split(data, fmt)
     with np.errstate(invalid="ignore", over="ignore"):  # blocks may hold NaN and Inf
         values = _decode(blocks, fmt)  # (rows, blocks, size)
-        if fmt.header:
+        if fmt.groups:
+            values = _scaled_groups(values, blocks, fmt.groups)
+        elif fmt.header:
             values = values * header["d"][:, :, None]
         elif fmt.has("d"):
             values = values * blocks["d"].astype(np.float32)[:, :, None]
@@ -53,8 +55,11 @@ def dequantise(data: Bytes, fmt: BlockFormat, n: int) -> Floats:
 def quantise(x: Floats, fmt: BlockFormat) -> Bytes:
     """Encode rows: (rows, n) floats to (rows, fmt.row_bytes(n)) bytes; `n` a multiple of the block.
 
-    IQ4_NL takes the nearest code at the scale that makes the largest value exact.
+    IQ4_NL takes the nearest code at the scale that makes the largest value exact. Raises ValueError
+    for super-blocks: they are only read.
     """
+    if fmt.groups:
+        raise ValueError(f"{fmt.name}: only read, never written")
     n_rows, n = x.shape
     data = np.zeros((n_rows, fmt.row_bytes(n)), np.uint8)
     header, blocks = _split(data, fmt)
@@ -110,6 +115,8 @@ def _decode(blocks: Any, fmt: BlockFormat) -> Floats:
         qs = qs[:, :, None]
         if fmt.fields[0].type.kind == "g":
             return np.asarray((qs.astype(np.uint32) << 16).view(np.float32))
+    if fmt.groups:
+        return _run_codes(blocks, fmt, fmt.groups)
     if not _is_nibbles(fmt):
         return np.asarray(qs, np.float32)
     codes = np.concatenate([qs & 15, qs >> 4], axis=-1)
@@ -118,6 +125,44 @@ def _decode(blocks: Any, fmt: BlockFormat) -> Floats:
     if fmt.table:
         return np.asarray(np.asarray(fmt.table, np.float32)[codes], np.float32)
     return np.asarray(codes.astype(np.float32) + np.float32(fmt.offset))
+
+
+def _run_codes(blocks: Any, fmt: BlockFormat, groups: Groups) -> Floats:
+    """The codes of super-blocks as floats, run after run."""
+    runs = []
+    for run in range(fmt.size // RUN):
+        start, shift = groups.low_place(run)
+        codes = blocks["qs"][..., start : start + RUN] >> shift & 15
+        if fmt.high_bits:
+            start, shift = groups.high_place(run, fmt.high_bits)
+            high = blocks["qh"][..., start : start + RUN] >> shift & (1 << fmt.high_bits) - 1
+            codes |= high << 4
+        runs.append(codes)
+    return np.asarray(np.concatenate(runs, axis=-1).astype(np.float32) + np.float32(fmt.offset))
+
+
+def _scaled_groups(codes: Floats, blocks: Any, groups: Groups) -> Floats:
+    """d * scale * code - dmin * minimum, group by group."""
+    scales, minima = blocks["scales"], None
+    if "dmin" in blocks.dtype.names:
+        scales, minima = _six_bits(scales)
+    values = codes.reshape(*codes.shape[:2], -1, groups.size)
+    values = values * (_wide(blocks["d"])[..., None] * scales.astype(np.float32))[..., None]
+    if minima is not None:
+        values = values - (_wide(blocks["dmin"])[..., None] * minima.astype(np.float32))[..., None]
+    return np.asarray(values.reshape(codes.shape))
+
+
+def _wide(half: npt.NDArray[np.float16]) -> Floats:
+    return half.astype(np.float32)
+
+
+def _six_bits(packed: Bytes) -> tuple[Codes, Codes]:
+    """8 scales and 8 minima out of 12 bytes; see codegen/formats.py."""
+    first, second, third = np.split(packed, 3, axis=-1)
+    scales = np.concatenate([first & 63, third & 15 | first >> 6 << 4], axis=-1)
+    minima = np.concatenate([second & 63, third >> 4 | second >> 6 << 4], axis=-1)
+    return scales, minima
 
 
 def _unpack_q5(qh: Bytes) -> Codes:

@@ -16,8 +16,11 @@ from codegen.formats import (
     IQ4_NL,
     IQ4_NL_VALUES,
     Q4_0,
+    Q4_K,
     Q5_0,
+    Q5_K,
     Q6_0,
+    Q6_K,
     Q8_0,
     Q8_KV,
     WEIGHT_FORMATS,
@@ -28,6 +31,8 @@ from mlacli.gguf.reader import open_gguf
 from tests.conftest import TinyModel
 
 ALL = {f.name: f for f in (*WEIGHT_FORMATS.values(), *CACHE_FORMATS.values())}
+SUPER = [f for f in ALL.values() if f.groups]
+WRITTEN = [f for f in ALL.values() if not f.groups]
 KNOWN_TO_GGUF = [F32, F16, BF16, Q8_0, Q4_0, Q5_0, IQ4_NL]
 # Largest error of a value as a fraction of the largest in its block (or row, or of itself).
 STEP = {
@@ -55,15 +60,15 @@ def ids(fmt: BlockFormat) -> str:
     return fmt.name
 
 
-@pytest.mark.parametrize("fmt", KNOWN_TO_GGUF, ids=ids)
+@pytest.mark.parametrize("fmt", [*KNOWN_TO_GGUF, *SUPER], ids=ids)
 def test_decodes_any_bytes_as_gguf_does(fmt: BlockFormat) -> None:
-    rng = np.random.default_rng(1)
-    data = rng.integers(0, 256, (7, fmt.row_bytes(96)), np.uint8)
+    rng, n = np.random.default_rng(1), 768 if fmt.groups else 96
+    data = rng.integers(0, 256, (99, fmt.row_bytes(n)), np.uint8)
     with np.errstate(invalid="ignore", over="ignore"):
         expected = gguf.quants.dequantize(data, GGMLType(fmt.ggml_type))
-    decoded = dequantise(data, fmt, 96)
+    decoded = dequantise(data, fmt, n)
     assert decoded.dtype == np.float32
-    np.testing.assert_array_equal(decoded, expected.astype(np.float32).reshape(7, 96))
+    np.testing.assert_array_equal(decoded, expected.astype(np.float32).reshape(99, n))
 
 
 @pytest.mark.parametrize("fmt", [F16, BF16, Q8_0, Q4_0, Q5_0], ids=ids)
@@ -73,7 +78,7 @@ def test_encodes_as_gguf_does(fmt: BlockFormat) -> None:
     np.testing.assert_array_equal(quantise(x, fmt), expected.view(np.uint8).reshape(9, -1))
 
 
-@pytest.mark.parametrize("fmt", ALL.values(), ids=ids)
+@pytest.mark.parametrize("fmt", WRITTEN, ids=ids)
 def test_round_trip_is_within_a_step(fmt: BlockFormat) -> None:
     x = values(11, 160)
     data = quantise(x, fmt)
@@ -87,14 +92,14 @@ def test_round_trip_is_within_a_step(fmt: BlockFormat) -> None:
     assert fmt is F32 or error.max() > 0
 
 
-@pytest.mark.parametrize("fmt", ALL.values(), ids=ids)
+@pytest.mark.parametrize("fmt", WRITTEN, ids=ids)
 def test_encoding_what_was_decoded_changes_nothing(fmt: BlockFormat) -> None:
     once = dequantise(quantise(values(4, 64, seed=3), fmt), fmt, 64)
     twice = dequantise(quantise(once, fmt), fmt, 64)
     np.testing.assert_allclose(twice, once, rtol=2e-3, atol=0)
 
 
-@pytest.mark.parametrize("fmt", ALL.values(), ids=ids)
+@pytest.mark.parametrize("fmt", WRITTEN, ids=ids)
 def test_zeros_and_tiny_values(fmt: BlockFormat) -> None:
     zeros = np.zeros((2, 32), np.float32)
     np.testing.assert_array_equal(dequantise(quantise(zeros, fmt), fmt, 32), zeros)
@@ -176,6 +181,45 @@ def test_bf16_keeps_nan_and_rounds_to_even() -> None:
     decoded = dequantise(quantise(x, BF16), BF16, 4)[0]
     assert np.isnan(decoded[0]) and np.isinf(decoded[1])
     assert decoded[2:].tolist() == [1.0, 1.015625]
+
+
+def test_q6_k_layout_by_hand() -> None:
+    """Value by value after the comments of ggml's block_q6_K."""
+    block = np.random.default_rng(6).integers(0, 256, 210, np.uint8)
+    block[208:] = np.array([0.5], np.float16).view(np.uint8)
+    low, high = block[:128].astype(int), block[128:192].astype(int)
+    scales = block[192:208].view(np.int8).astype(int)
+    expected = np.zeros(256)
+    for j in range(256):
+        half, quarter, i = j // 128, j % 128 // 32, j % 32
+        nibble = low[64 * half + 32 * (quarter % 2) + i] >> 4 * (quarter // 2) & 15
+        code = (nibble | (high[32 * half + i] >> 2 * quarter & 3) << 4) - 32
+        expected[j] = 0.5 * scales[j // 16] * code
+    np.testing.assert_array_equal(dequantise(block[None], Q6_K, 256)[0], expected)
+
+
+@pytest.mark.parametrize("fmt", [Q4_K, Q5_K], ids=ids)
+def test_six_bit_scales_by_hand(fmt: BlockFormat) -> None:
+    """One group after another has the only scale, the only minimum, and codes of 1."""
+    for group in range(8):
+        block = np.zeros(fmt.block_bytes, np.uint8)
+        block[:4] = np.array([1.0, 0.25], np.float16).view(np.uint8)
+        scales = block[4:16]
+        if group < 4:
+            scales[group], scales[group + 4] = 45, 38
+        else:
+            scales[group - 4], scales[group], scales[group + 4] = 2 << 6, 2 << 6, 13 | 6 << 4
+        block[fmt.field_offset("qs") :] = 0x11
+        expected = np.zeros((8, 32))
+        expected[group] = 45 - 38 * 0.25
+        np.testing.assert_array_equal(dequantise(block[None], fmt, 256)[0], expected.reshape(-1))
+
+
+def test_super_blocks_are_only_read() -> None:
+    with pytest.raises(ValueError, match="Q6_K: only read"):
+        quantise(np.zeros((1, 256), np.float32), Q6_K)
+    with pytest.raises(ValueError, match="multiple of 256"):
+        dequantise(np.zeros((1, 210), np.uint8), Q6_K, 288)
 
 
 @pytest.mark.parametrize("fmt", [Q8_0, Q8_KV, Q6_0], ids=ids)
