@@ -1,15 +1,15 @@
 """Reading stored formats inside kernels: 32 consecutive values of a row, decoded.
 
 The layouts come from codegen/formats.py as data; here is only how a register gets at them. Rows are
-`Pointer`s to bytes (u8); block b of a row holds its values 32 b .. 32 b + 31, float formats too.
+`Pointer`s to bytes (u8); block b of a row holds its values 32 b .. 32 b + 31 in every format.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from codegen.dtypes import f16, f32, i8, u8
-from codegen.formats import BlockFormat
+from codegen.dtypes import f16, f32, i8, i64, u8
+from codegen.formats import RUN, BlockFormat, Groups
 from codegen.values import Pointer, Value
 
 if TYPE_CHECKING:
@@ -19,7 +19,9 @@ BLOCK = 32
 
 
 def block_at(fmt: BlockFormat, row: Pointer, block: Any) -> Pointer:
-    """Address of 32 values: behind the row's header, block by block."""
+    """Address of 32 values, or of the super-block around them: behind the row's header."""
+    if fmt.size > BLOCK:
+        return row.bytes(block // (fmt.size // BLOCK) * fmt.block_bytes)
     step = fmt.block_bytes * (BLOCK // fmt.size)
     return row.bytes(fmt.header_bytes).bytes(block * step)
 
@@ -30,6 +32,8 @@ def load_block(k: Kernel, fmt: BlockFormat, row: Pointer, block: Any) -> list[Va
     if not fmt.is_quantised:
         source = fmt.fields[0].type
         return [at.cast(source).at(i).load(source * n).to(f32) for i in range(0, BLOCK, n)]
+    if fmt.groups:
+        return load_run(k, fmt, fmt.groups, at, k.const(block, i64) % (fmt.size // BLOCK))
     scale = k.const(row_scale(k, fmt, row, at), f32 * n)
     parts = signed_codes(k, fmt, at, n)
     return [part.to(f32) * scale for part in parts]
@@ -40,6 +44,47 @@ def row_scale(k: Kernel, fmt: BlockFormat, row: Pointer, block: Pointer) -> Valu
     if fmt.header:
         return row.bytes(fmt.field_offset("d"), f32).load()
     return block.bytes(fmt.field_offset("d"), f16).load().to(f32)
+
+
+def load_run(k: Kernel, fmt: BlockFormat, groups: Groups, at: Pointer, run: Value) -> list[Value]:
+    """Run `run` of the super-block at `at`: 32 values as f32 vectors of the target's lanes.
+
+    Exact: d, a scale and a code together fit 24 bits, only the minimum's subtraction rounds.
+    """
+    start, shift = groups.low_place(run)
+    qs = at.bytes(fmt.field_offset("qs"), u8).at(start)
+    codes = (qs.load(u8 * RUN) >> shift.to(u8)) & 15
+    if fmt.high_bits:
+        start, shift = groups.high_place(run, fmt.high_bits)
+        high = at.bytes(fmt.field_offset("qh"), u8).at(start).load(u8 * RUN) >> shift.to(u8)
+        codes = codes | ((high & ((1 << fmt.high_bits) - 1)) << 4)
+    if fmt.offset:
+        codes = (codes + (fmt.offset & 255)).bits_as(i8 * RUN)
+    scales, minimum = group_scales(k, fmt, groups, at, run)
+    values, n = [], k.target.lanes
+    for i in range(0, RUN, n):
+        value = codes.lanes(i, i + n).to(f32) * scales[i // groups.size]
+        values.append(value if minimum is None else value - minimum)
+    return values
+
+
+def group_scales(
+    k: Kernel, fmt: BlockFormat, groups: Groups, at: Pointer, run: Value
+) -> tuple[list[Value], Value | None]:
+    """d * scale for each group of a run; with a `dmin`, there is one group and its minimum."""
+    d = row_scale(k, fmt, at, at)
+    packed = at.bytes(fmt.field_offset("scales"), u8)
+    if not fmt.has("dmin"):
+        per_run = RUN // groups.size
+        scales = packed.cast(i8).at(run * per_run)
+        return [d * scales[i].to(f32) for i in range(per_run)], None
+    low = run % 4
+    first, second, third = packed[low], packed[low + 4], packed[run + 4]
+    is_low = run < 4
+    scale = k.select(is_low, first & 63, (third & 15) | (first >> 6 << 4))
+    minimum = k.select(is_low, second & 63, (third >> 4) | (second >> 6 << 4))
+    dmin = at.bytes(fmt.field_offset("dmin"), f16).load().to(f32)
+    return [d * scale.to(f32)], dmin * minimum.to(f32)
 
 
 def signed_codes(k: Kernel, fmt: BlockFormat, block: Pointer, n: int) -> list[Value]:
