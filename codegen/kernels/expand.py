@@ -17,7 +17,7 @@ from codegen.kernel import dim, kernel, ptr
 from codegen.kernels.activations import quantize_block, row_bytes, scales_offset, sums_offset
 from codegen.kernels.blocks import BLOCK, load_block
 from codegen.kernels.matmul import store_rows
-from codegen.kernels.panel import decode_panel, multiply_panel
+from codegen.kernels.panel import decode_panel, multiply_panel, panel_rows
 from codegen.kernels.rows import store_vectors
 from codegen.values import Pointer, Value
 
@@ -87,7 +87,7 @@ def expand_heads(
     out_head: int,
 ) -> None:
     """out[i * out_row + h * out_head + r] = w[h, r] . rows[i], strides in values."""
-    n, pitch = k.target.lanes, latent_pitch(part.fmt, part.n_lora)
+    n, pitch = panel_rows(k.target), latent_pitch(part.fmt, part.n_lora)
     per_head = -(-part.n_rows // n)
     with k.tiles(per_head * part.n_heads, counter) as tile:
         head, first = tile // per_head, tile % per_head * n

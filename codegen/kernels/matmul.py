@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from codegen.dtypes import f32, u8
 from codegen.formats import BlockFormat
 from codegen.kernel import dim, kernel, ptr
-from codegen.kernels.panel import decode_panel, multiply_panel
+from codegen.kernels.panel import decode_panel, multiply_panel, panel_rows
 from codegen.kernels.rowdot import row_dot
 from codegen.values import Pointer, Value
 
@@ -84,7 +84,7 @@ def matmul(
     scratch_bytes: int,
 ) -> None:
     """The same for a batch: panels of rows are handed out, each meets all tokens."""
-    s, n = shape, k.target.lanes
+    s, n = shape, panel_rows(k.target)
     panel = scratch.bytes(k.thread * scratch_bytes)
     per_head = -(-s.n_rows // n)
     with k.tiles(per_head * s.n_heads) as tile:
@@ -99,21 +99,19 @@ def matmul(
             store_rows(k, y.at(at), total, first, s.n_rows)
 
         x_rows = x.bytes(head * s.x_head)
-        multiply_panel(
-            k, fmt, panel, x_rows, n_tokens, store, n_cols=s.n_cols, x_pitch=s.x_token
-        )
+        multiply_panel(k, fmt, panel, x_rows, n_tokens, store, n_cols=s.n_cols, x_pitch=s.x_token)
 
 
 def load_rows(k: Kernel, p: Pointer, first: Value, n_rows: int) -> Value:
     """A panel's worth of f32, only as far as there are rows."""
-    n = k.target.lanes
+    n = panel_rows(k.target)
     if n_rows % n == 0:
         return p.load(f32 * n)
     return k.load_part(p, f32 * n, k.minimum(n_rows - first, n))
 
 
 def store_rows(k: Kernel, p: Pointer, value: Value, first: Value, n_rows: int) -> None:
-    n = k.target.lanes
+    n = panel_rows(k.target)
     if n_rows % n == 0:
         p.store(value)
     else:

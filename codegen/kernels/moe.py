@@ -18,7 +18,7 @@ from codegen.formats import BlockFormat
 from codegen.kernel import dim, kernel, ptr
 from codegen.kernels.activations import row_bytes
 from codegen.kernels.matmul import ROWS_PER_TILE, load_rows, store_rows
-from codegen.kernels.panel import Store, decode_panel, multiply_panel
+from codegen.kernels.panel import Store, decode_panel, multiply_panel, panel_rows
 from codegen.kernels.rowdot import row_dot
 from codegen.values import Pointer, Value
 from codegen.vecmath import silu
@@ -95,7 +95,7 @@ def up_gate(
     scratch_bytes: int,
 ) -> None:
     """y[t] = silu(gate x[t]) * (up x[t]): a dense layer, or the shared experts."""
-    panel, n = scratch.bytes(k.thread * scratch_bytes), k.target.lanes
+    panel, n = scratch.bytes(k.thread * scratch_bytes), panel_rows(k.target)
     with k.tiles(-(-n_rows // n)) as tile:
         _gated_panel(
             k, y, gate, up, x, n_tokens, tile * n, panel,
@@ -168,7 +168,7 @@ def expert_panels(
     k: Kernel, offsets: Pointer, n_rows: int, n_expert: int
 ) -> Iterator[tuple[Value, Value, Value, Value]]:
     """(expert, first row of the panel, first sorted position, number of positions)."""
-    n = k.target.lanes
+    n = panel_rows(k.target)
     panels = -(-n_rows // n)
     with k.tiles(panels * n_expert) as tile:
         expert, first = tile // panels, tile % panels * n
@@ -269,7 +269,7 @@ def moe_down(
 ) -> None:
     """y[token] += weight * (w_e x[i]): a panel of y's rows goes through its experts in id order,
     so no two threads add to the same place and the order of additions is fixed."""
-    panel, n = scratch.bytes(k.thread * scratch_bytes), k.target.lanes
+    panel, n = scratch.bytes(k.thread * scratch_bytes), panel_rows(k.target)
     pitch = input_pitch(fmt, n_cols)
     with k.tiles(-(-n_rows // n)) as tile:
         first = tile * n

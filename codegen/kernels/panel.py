@@ -1,8 +1,11 @@
 """Matrix times many vectors: a panel of weight rows is decoded once and meets many tokens.
 
-A panel is `lanes` rows. Decoded, it lies in this thread's scratch so that one register holds the
-same 4 codes (or the same value) of all its rows: lane = row. Tokens then come in tiles; each
-activation is broadcast against the panel, and the sums of a tile stay in registers.
+A panel is two registers' worth of rows. Decoded, it lies in this thread's scratch so that one
+register holds the same 4 codes (or the same value) of half its rows: lane = row. Tokens then come
+in tiles; each activation is broadcast once for both halves, and a tile's sums stay in registers.
+
+    codes  [block][4 columns at a time][half][lane][4]  i8 or u8, then  scales [block][half][lane]
+    floats [column][half][lane]
 """
 
 from __future__ import annotations
@@ -15,43 +18,63 @@ from codegen.formats import BlockFormat
 from codegen.kernels.blocks import BLOCK
 from codegen.kernels.rowdot import code_table, join
 from codegen.targets.base import Target
-from codegen.values import Pointer, Value
+from codegen.values import Pointer, Value, Var
 from codegen.vecmath import transpose4
 
 if TYPE_CHECKING:
     from codegen.builder import Kernel
 
+HALVES = 2
+GROUPS = BLOCK // 4  # dot products of 4 columns in a block
 Store = Callable[[Value, Value], None]  # (token, sums of the panel's rows for it)
+
+
+def panel_rows(target: Target) -> int:
+    """Rows of a panel."""
+    return HALVES * target.lanes
 
 
 def panel_bytes(target: Target, fmt: BlockFormat, n_cols: int) -> int:
     """Scratch for one decoded panel: codes and scales, or plain f32."""
-    if not fmt.is_quantised:
-        return n_cols * target.lanes * 4
-    return n_cols * target.lanes + n_cols // BLOCK * target.lanes * 4
+    n = panel_rows(target)
+    return n_cols * n + n_cols // BLOCK * n * 4 if fmt.is_quantised else n_cols * n * 4
 
 
-def token_tiles(target: Target) -> tuple[int, ...]:
-    """Tile sizes, largest first: half the registers hold sums, the rest weights and partials."""
-    return (target.registers // 2, 4, 1)
+def token_tiles(target: Target, fmt: BlockFormat) -> tuple[int, ...]:
+    """Tile sizes, largest first. Codes need two registers a sum: its integer and its f32 part."""
+    per_half = target.registers // (2 * HALVES)
+    return (per_half * 3 // 4, 2, 1) if fmt.is_quantised else (per_half, 2, 1)
+
+
+# -- decoding -----------------------------------------------------------------------------------
 
 
 def decode_panel(
-    k: Kernel, fmt: BlockFormat, w: Pointer, row0: Value, panel: Pointer, *, n_rows: int, n_cols: int
+    k: Kernel,
+    fmt: BlockFormat,
+    w: Pointer,
+    row0: Value,
+    panel: Pointer,
+    *,
+    n_rows: int,
+    n_cols: int,
 ) -> None:
-    """Decode rows row0 .. row0 + lanes - 1 of a weight matrix into `panel`.
+    """Decode rows row0 .. row0 + panel_rows - 1 of a weight matrix into `panel`.
 
     Rows behind the last are read as the last one; their sums are not stored.
     """
     n, pitch = k.target.lanes, fmt.row_bytes(n_cols)
-    rows = []
-    for i in range(n):
-        row = row0 + i if n_rows % n == 0 else k.minimum(row0 + i, n_rows - 1)
-        rows.append(w.bytes(row * pitch))
+    decode = _decode_codes if fmt.is_quantised else _decode_floats
+    with k.loop(0, HALVES) as half:
+        rows = []
+        for i in range(n):
+            row = row0 + half * n + i
+            if n_rows % panel_rows(k.target):
+                row = k.minimum(row, n_rows - 1)
+            rows.append(w.bytes(row * pitch))
+        decode(k, fmt, rows, panel, half, n_cols)
     if fmt.is_quantised:
-        _decode_codes(k, fmt, rows, panel, n_cols)
-    else:
-        _decode_floats(k, fmt, rows, panel, n_cols)
+        _convert_scales(k, panel, n_cols)
 
 
 def _interleave(k: Kernel, rows: list[Pointer], offset: Any) -> list[Value]:
@@ -63,39 +86,55 @@ def _interleave(k: Kernel, rows: list[Pointer], offset: Any) -> list[Value]:
 
 
 def _decode_codes(
-    k: Kernel, fmt: BlockFormat, rows: list[Pointer], panel: Pointer, n_cols: int
+    k: Kernel, fmt: BlockFormat, rows: list[Pointer], panel: Pointer, half: Value, n_cols: int
 ) -> None:
-    n, bias = k.target.lanes, k.target.weight_bias
-    scales = panel.bytes(n_cols * n, f32)
-    at = fmt.field_offset("qs")
+    n, bias, all_rows = k.target.lanes, k.target.weight_bias, panel_rows(k.target)
+    at, d = fmt.field_offset("qs"), fmt.field_offset("d")
+    copies = _scale_copies(k, panel, n_cols).at(half * n)
     with k.loop(0, n_cols // BLOCK) as b:
         block = [row.bytes(b * fmt.block_bytes) for row in rows]
-        out = panel.bytes(b * (BLOCK * n), u32)
+        out = panel.bytes(b * (BLOCK * all_rows), u32).at(half * n)
         first = _interleave(k, block, at)
         if fmt.table or fmt.offset:
             table = code_table(fmt, bias)
-            low = [k.target.lookup16(k, table, v.bits_as(u8 * (4 * n)) & 15) for v in first]
-            high = [
-                k.target.lookup16(k, table, (v >> 4).bits_as(u8 * (4 * n)) & 15) for v in first
+            shifted = [v >> shift for shift in (0, 4) for v in first]
+            groups = [
+                k.target.lookup16(k, table, v.bits_as(u8 * (4 * n)) & 15).bits_as(u32 * n)
+                for v in shifted
             ]
-            groups = [v.bits_as(u32 * n) for v in low + high]
         else:
             flip = 0x80808080 if bias else 0
             groups = [v ^ flip for v in first + _interleave(k, block, at + 16)]
         for g, codes in enumerate(groups):
-            out.at(g * n).store(codes)
-        d = k.undefined(f16 * n)
+            out.at(g * all_rows).store(codes)
         for i, p in enumerate(block):
-            d = k.insert(d, p.bytes(fmt.field_offset("d"), f16).load(), i)
-        scales.at(b * n).store(d.to(f32))
+            copies.at(b * all_rows)[i] = p.bytes(d, u16).load()
+
+
+def _scale_copies(k: Kernel, panel: Pointer, n_cols: int) -> Pointer:
+    """Where a panel's scales lie before they are f32: in the second half of the f32 ones' place.
+
+    Copied one by one and converted later: inserting 16 bits into a register costs more than codes.
+    """
+    n, n_blocks = panel_rows(k.target), n_cols // BLOCK
+    return panel.bytes(n_cols * n + n_blocks * n * 2, u16)
+
+
+def _convert_scales(k: Kernel, panel: Pointer, n_cols: int) -> None:
+    """f16 to f32; going up, no f32 reaches a copy that is still to be read."""
+    n = panel_rows(k.target)
+    copies, scales = _scale_copies(k, panel, n_cols), panel.bytes(n_cols * n, f32)
+    with k.loop(0, n_cols // BLOCK) as b:
+        halves = copies.at(b * n).load(u16 * n).bits_as(f16 * n)
+        scales.at(b * n).store(halves.to(f32))
 
 
 def _decode_floats(
-    k: Kernel, fmt: BlockFormat, rows: list[Pointer], panel: Pointer, n_cols: int
+    k: Kernel, fmt: BlockFormat, rows: list[Pointer], panel: Pointer, half: Value, n_cols: int
 ) -> None:
     n, source = k.target.lanes, fmt.fields[0].type
     per_chunk = 16 // source.nbytes
-    out = panel.cast(f32)
+    out = panel.cast(f32).at(half * n)
     with k.loop(0, n_cols // per_chunk) as c:
         values = []
         for v in _interleave(k, rows, c * 16):
@@ -105,11 +144,14 @@ def _decode_floats(
                 halves = [(v & 0xFFFF).to(u16), (v >> 16).to(u16)]
                 values += [h.bits_as(_stored(source, n)).to(f32) for h in halves]
         for i, value in enumerate(values):
-            out.at((c * per_chunk + i) * n).store(value)
+            out.at((c * per_chunk + i) * panel_rows(k.target)).store(value)
 
 
 def _stored(source: Any, n: int) -> Any:
     return (bf16 if source == bf16 else f16) * n
+
+
+# -- multiplying --------------------------------------------------------------------------------
 
 
 def multiply_panel(
@@ -126,54 +168,57 @@ def multiply_panel(
     """For each token t: store(t, sum over columns of panel * x[t]); x rows are `x_pitch` bytes."""
     done = k.var(k.const(0, i64))
     multiply = _multiply_codes if fmt.is_quantised else _multiply_floats
-    for size in token_tiles(k.target):
+    for size in token_tiles(k.target, fmt):
         last = k.const(n_tokens, i64) - (size - 1)
         with k.loop(done.get(), last, size) as t:
-            rows = x.bytes(t * x_pitch)
-            for i, total in enumerate(multiply(k, panel, rows, size, n_cols, x_pitch)):
-                store(t + i, total)
+            rows = [x.bytes((t + i) * x_pitch) for i in range(size)]
+            totals = [[k.var(k.zeros(f32 * k.target.lanes)) for _ in range(HALVES)] for _ in rows]
+            multiply(k, panel, rows, totals, n_cols)
+            for i, (first, second) in enumerate(totals):
+                store(t + i, k.concat(first.get(), second.get()))
             done.set(t + size)
 
 
 def _multiply_codes(
-    k: Kernel, panel: Pointer, x: Pointer, size: int, n_cols: int, x_pitch: int
-) -> list[Value]:
-    """Sums for `size` tokens: per block an exact integer dot, then one scaled add in f32."""
+    k: Kernel, panel: Pointer, rows: list[Pointer], totals: list[list[Var]], n_cols: int
+) -> None:
+    """Per block an exact integer dot, then one scaled add in f32.
+
+    Columns are the outer loop, so that all sums advance side by side and hide each other's latency.
+    """
     n, n_blocks = k.target.lanes, n_cols // BLOCK
-    panel_scales = panel.bytes(n_cols * n, f32)
-    x_scales, x_sums = n_cols, n_cols + 4 * n_blocks
-    totals = [k.var(k.zeros(f32 * n)) for _ in range(size)]
+    weight_type = k.target.weight_type * (4 * n)
+    panel_scales = panel.bytes(n_cols * (HALVES * n), f32)
     with k.loop(0, n_blocks) as b:
-        codes = panel.bytes(b * (BLOCK * n))
-        scale = panel_scales.at(b * n).load(f32 * n)
-        groups = [
-            codes.bytes(4 * g * n, k.target.weight_type).load(k.target.weight_type * (4 * n))
-            for g in range(BLOCK // 4)
-        ]
-        for first in range(0, size, 4):
-            part = range(first, min(first + 4, size))
-            accs = []
-            for t in part:
-                start = x.bytes(t * x_pitch + x_sums, i32).at(b).load()
-                accs.append(k.splat(start, n) if k.target.weight_bias else k.zeros(i32 * n))
-            for g, weights in enumerate(groups):
-                for i, t in enumerate(part):
-                    four = x.bytes(t * x_pitch + 4 * g).bytes(b * BLOCK, i32).load()
-                    spread = k.splat(four, n).bits_as(i8 * (4 * n))
-                    accs[i] = k.dot_i8(accs[i], weights, spread)
-            for i, t in enumerate(part):
-                x_scale = x.bytes(t * x_pitch + x_scales, f32).at(b).load()
-                totals[t] += accs[i].to(f32) * (scale * x_scale)
-    return [total.get() for total in totals]
+        codes = panel.bytes(b * (BLOCK * HALVES * n), k.target.weight_type)
+        accs = []
+        for row in rows:
+            start = k.zeros(i32 * n)
+            if k.target.weight_bias:
+                start = k.splat(row.bytes(n_cols + 4 * n_blocks, i32).at(b).load(), n)
+            accs.append([start] * HALVES)
+        for g in range(GROUPS):
+            weights = [codes.at(4 * n * (HALVES * g + h)).load(weight_type) for h in range(HALVES)]
+            for row, acc in zip(rows, accs, strict=True):
+                four = row.bytes(4 * g).bytes(b * BLOCK, i32).load()
+                spread = k.splat(four, n).bits_as(i8 * (4 * n))
+                for h in range(HALVES):
+                    acc[h] = k.dot_i8(acc[h], weights[h], spread)
+        scales = [panel_scales.at((b * HALVES + h) * n).load(f32 * n) for h in range(HALVES)]
+        for row, acc, total in zip(rows, accs, totals, strict=True):
+            x_scale = row.bytes(n_cols, f32).at(b).load()
+            for h in range(HALVES):
+                total[h] += acc[h].to(f32) * (scales[h] * x_scale)
 
 
 def _multiply_floats(
-    k: Kernel, panel: Pointer, x: Pointer, size: int, n_cols: int, x_pitch: int
-) -> list[Value]:
+    k: Kernel, panel: Pointer, rows: list[Pointer], totals: list[list[Var]], n_cols: int
+) -> None:
     n = k.target.lanes
-    totals = [k.var(k.zeros(f32 * n)) for _ in range(size)]
     with k.loop(0, n_cols) as j:
-        weights = panel.cast(f32).at(j * n).load(f32 * n)
-        for t in range(size):
-            totals[t] += weights * x.bytes(t * x_pitch, f32).at(j).load()
-    return [total.get() for total in totals]
+        at = panel.cast(f32).at(j * (HALVES * n))
+        weights = [at.at(h * n).load(f32 * n) for h in range(HALVES)]
+        for row, total in zip(rows, totals, strict=True):
+            spread = k.splat(row.cast(f32).at(j).load(), n)
+            for h in range(HALVES):
+                total[h] += weights[h] * spread
