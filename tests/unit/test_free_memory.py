@@ -43,6 +43,8 @@ def test_version_1(tmp_path: Path) -> None:
         memory__usage_in_bytes=400,
         memory__stat=stat,
     )
+    other = {"memory__limit_in_bytes": 10, "memory__usage_in_bytes": 0}
+    group(tmp_path / "m/memory/x", **other)  # not this process's: /x is its cpu group
     found = container_bytes(membership(tmp_path, "3:cpu:/x\n4:hugetlb,memory:/a"), tmp_path / "m")
     assert found == 1000 - 350
 
