@@ -6,7 +6,6 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from codegen.formats import CACHE_FORMATS, transposed_type
-from codegen.formats import CACHE_FORMATS, transposed_type
 from mlacli.context import ContextPlan
 from mlacli.fit import size_text
 from mlacli.memory import MIB
