@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from codegen.dtypes import f16, f32, i8, i64, u8
+from codegen.dtypes import f16, f32, i8, i64, u8, u32
 from codegen.formats import RUN, BlockFormat, Groups
 from codegen.values import Pointer, Value
 
@@ -71,20 +71,34 @@ def load_run(k: Kernel, fmt: BlockFormat, groups: Groups, at: Pointer, run: Valu
 def group_scales(
     k: Kernel, fmt: BlockFormat, groups: Groups, at: Pointer, run: Value
 ) -> tuple[list[Value], Value | None]:
-    """d * scale for each group of a run; with a `dmin`, there is one group and its minimum."""
-    d = row_scale(k, fmt, at, at)
-    packed = at.bytes(fmt.field_offset("scales"), u8)
+    """d * scale for each group of a run; with a `dmin`, there is one group and its minimum.
+
+    All of the super-block are unpacked at once, and one picked through the stack: where the runs
+    are known when building, LLVM keeps them in registers and unpacks only once.
+    """
+    table, per_run = k.stack(f32, 16), RUN // groups.size
+    packed, d = at.bytes(fmt.field_offset("scales"), u8), row_scale(k, fmt, at, at)
     if not fmt.has("dmin"):
-        per_run = RUN // groups.size
-        scales = packed.cast(i8).at(run * per_run)
-        return [d * scales[i].to(f32) for i in range(per_run)], None
-    low = run % 4
-    first, second, third = packed[low], packed[low + 4], packed[run + 4]
-    is_low = run < 4
-    scale = k.select(is_low, first & 63, (third & 15) | (first >> 6 << 4))
-    minimum = k.select(is_low, second & 63, (third >> 4) | (second >> 6 << 4))
+        table.store(packed.cast(i8).load(i8 * 16).to(f32) * d)
+        return [table[run * per_run + i] for i in range(per_run)], None
     dmin = at.bytes(fmt.field_offset("dmin"), f16).load().to(f32)
-    return [d * scale.to(f32)], dmin * minimum.to(f32)
+    table.store(six_bits(k, packed).to(f32) * k.concat(k.splat(d, 8), k.splat(dmin, 8)))
+    return [table[run]], table[run + 8]
+
+
+def six_bits(k: Kernel, packed: Pointer) -> Value:
+    """8 scales and 8 minima out of 12 bytes, as a u8 vector; four bytes at a time."""
+    first, second, third = (packed.cast(u32)[i] for i in range(3))
+    words = (
+        first & 0x3F3F3F3F,
+        (third & 0x0F0F0F0F) | ((first >> 2) & 0x30303030),
+        second & 0x3F3F3F3F,
+        ((third >> 4) & 0x0F0F0F0F) | ((second >> 2) & 0x30303030),
+    )
+    joined = k.undefined(u32 * 4)
+    for i, word in enumerate(words):
+        joined = k.insert(joined, word, i)
+    return joined.bits_as(u8 * 16)
 
 
 def signed_codes(k: Kernel, fmt: BlockFormat, block: Pointer, n: int) -> list[Value]:

@@ -2,8 +2,8 @@
 
     k_nope[j, h] = w_uk[h] c_kv[j],   v[j, h] = v_b[h] c_kv[j]     for a chunk of cache rows j
 
-A chunk's latent parts are brought into the form the matrix kernels read (a8 rows for quantised
-weights, else f32), then panels of w_uk and v_b meet all rows of the chunk at once.
+A chunk's latent parts are brought into the form the matrix kernels read (a8 rows for weights
+with an integer dot, else f32), then panels of w_uk and v_b meet all rows of the chunk at once.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Part:
 
 def latent_pitch(fmt: BlockFormat, n_lora: int) -> int:
     """Bytes of one row as `multiply_panel` reads it for weights of this format."""
-    return row_bytes(n_lora) if fmt.is_quantised else 4 * n_lora
+    return row_bytes(n_lora) if fmt.integer_dot else 4 * n_lora
 
 
 def latent_rows(
@@ -63,7 +63,7 @@ def latent_rows(
         target = rows.bytes(i * pitch)
         with k.loop(0, n // BLOCK) as block:
             values = load_block(k, fmt, source, block)
-            if not part.fmt.is_quantised:
+            if not part.fmt.integer_dot:
                 store_vectors(target.cast(f32).at(block * BLOCK), values)
             else:
                 d, codes, total = quantize_block(k, values)

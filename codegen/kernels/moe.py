@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 def input_pitch(fmt: BlockFormat, n_cols: int) -> int:
     """Bytes from one activation row to the next, for weights of this format."""
-    return row_bytes(n_cols) if fmt.is_quantised else 4 * n_cols
+    return row_bytes(n_cols) if fmt.integer_dot else 4 * n_cols
 
 
 def _panel_product(

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from codegen.dtypes import bf16, f16, f32, i8, i32, i64, u8, u16, u32
 from codegen.formats import BlockFormat
-from codegen.kernels.blocks import BLOCK
+from codegen.kernels.blocks import BLOCK, load_block
 from codegen.kernels.rowdot import code_table, join
 from codegen.targets.base import Target
 from codegen.values import Pointer, Value, Var
@@ -37,13 +37,13 @@ def panel_rows(target: Target) -> int:
 def panel_bytes(target: Target, fmt: BlockFormat, n_cols: int) -> int:
     """Scratch for one decoded panel: codes and scales, or plain f32."""
     n = panel_rows(target)
-    return n_cols * n + n_cols // BLOCK * n * 4 if fmt.is_quantised else n_cols * n * 4
+    return n_cols * n + n_cols // BLOCK * n * 4 if fmt.integer_dot else n_cols * n * 4
 
 
 def token_tiles(target: Target, fmt: BlockFormat) -> tuple[int, ...]:
     """Tile sizes, largest first. Codes need two registers a sum: its integer and its f32 part."""
     per_half = target.registers // (2 * HALVES)
-    return (per_half * 3 // 4, 2, 1) if fmt.is_quantised else (per_half, 2, 1)
+    return (per_half * 3 // 4, 2, 1) if fmt.integer_dot else (per_half, 2, 1)
 
 
 # -- decoding -----------------------------------------------------------------------------------
@@ -64,7 +64,9 @@ def decode_panel(
     Rows behind the last are read as the last one; their sums are not stored.
     """
     n, pitch = k.target.lanes, fmt.row_bytes(n_cols)
-    decode = _decode_codes if fmt.is_quantised else _decode_floats
+    decode = _decode_floats
+    if fmt.is_quantised:
+        decode = _decode_codes if fmt.integer_dot else _decode_blocks
     with k.loop(0, HALVES) as half:
         rows = []
         for i in range(n):
@@ -73,16 +75,19 @@ def decode_panel(
                 row = k.minimum(row, n_rows - 1)
             rows.append(w.bytes(row * pitch))
         decode(k, fmt, rows, panel, half, n_cols)
-    if fmt.is_quantised:
+    if fmt.integer_dot:
         _convert_scales(k, panel, n_cols)
 
 
 def _interleave(k: Kernel, rows: list[Pointer], offset: Any) -> list[Value]:
     """16 bytes of every row -> 4 vectors of u32; vector j has dword j of row i in lane i."""
+    return _turn(k, [row.bytes(offset, u32).load(u32 * 4) for row in rows])
+
+
+def _turn(k: Kernel, fours: list[Value]) -> list[Value]:
+    """4 lanes of every row -> 4 vectors; vector j has lane j of row i in lane i."""
     n = k.target.lanes
-    loaded = [row.bytes(offset, u32).load(u32 * 4) for row in rows]
-    groups = [join(k, [loaded[4 * g + i] for g in range(n // 4)]) for i in range(4)]
-    return transpose4(k, groups)
+    return transpose4(k, [join(k, [fours[g + i] for g in range(0, n, 4)]) for i in range(4)])
 
 
 def _decode_codes(
@@ -147,6 +152,21 @@ def _decode_floats(
             out.at((c * per_chunk + i) * panel_rows(k.target)).store(value)
 
 
+def _decode_blocks(
+    k: Kernel, fmt: BlockFormat, rows: list[Pointer], panel: Pointer, half: Value, n_cols: int
+) -> None:
+    """Formats that have no integer dot, as f32."""
+    n, all_rows = k.target.lanes, panel_rows(k.target)
+    out = panel.cast(f32).at(half * n)
+    with k.loop(0, n_cols // BLOCK) as b:
+        blocks = [load_block(k, fmt, row, b) for row in rows]
+        for column in range(0, BLOCK, 4):
+            part, lane = divmod(column, n)
+            fours = [block[part].lanes(lane, lane + 4) for block in blocks]
+            for j, value in enumerate(_turn(k, fours)):
+                out.at((b * BLOCK + column + j) * all_rows).store(value)
+
+
 def _stored(source: Any, n: int) -> Any:
     return (bf16 if source == bf16 else f16) * n
 
@@ -167,7 +187,7 @@ def multiply_panel(
 ) -> None:
     """For each token t: store(t, sum over columns of panel * x[t]); x rows are `x_pitch` bytes."""
     done = k.var(k.const(0, i64))
-    multiply = _multiply_codes if fmt.is_quantised else _multiply_floats
+    multiply = _multiply_codes if fmt.integer_dot else _multiply_floats
     for size in token_tiles(k.target, fmt):
         last = k.const(n_tokens, i64) - (size - 1)
         with k.loop(done.get(), last, size) as t:
