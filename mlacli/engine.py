@@ -86,7 +86,8 @@ class Engine:
             n_out_max=n_out_max,
             keep=keep,
         )
-        self.chooser = chooser(settings, model.config, profile)
+        integer = model.weights.v_b(0).fmt.is_quantised
+        self.chooser = chooser(settings, model.config, profile, integer=integer)
         self.n_ctx = self.plan.n_ctx
         self.cache = Cache(self.plan.layout, huge=settings.thp)
         self.pool = pool or Pool(jit, max(settings.n_threads, settings.n_threads_batch))
@@ -151,7 +152,9 @@ class Engine:
 
     def graph_name(self, n_tokens: int) -> str:
         """Which of the context's graphs evaluates a batch of this size."""
-        return "few" if n_tokens <= FEW_TOKENS else self.chooser.path(n_tokens)
+        if n_tokens <= FEW_TOKENS:
+            return "few"
+        return self.chooser.path(n_tokens, self.cache.n_used + n_tokens)
 
     def _fill(
         self,

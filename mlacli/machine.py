@@ -27,14 +27,13 @@ from codegen.jit import Jit, host_target, version
 from codegen.kernels import roof
 from codegen.pool import Pool
 from codegen.targets.base import Target
+from mlacli.calibrate import measure_profile
 from mlacli.debug import ENV
 from mlacli.errors import UsageError
 from mlacli.model.choose import MachineProfile
 
 _ROUNDS = 100_000
 _READ_BYTES = 256 << 20
-# What the attention and matrix kernels reach of the peaks (scripts/kernel_bench.py measures it).
-ATTENTION_SHARE, EXPANSION_SHARE = 0.6, 0.5
 
 
 @dataclass(frozen=True)
@@ -94,8 +93,7 @@ def machine_profile(jit: Jit, pool: Pool, n_threads: int) -> MachineProfile:
     kept = kept_profile(jit.target, n_threads)
     if kept is not None:
         return kept
-    peaks = measure_peaks(jit, pool, n_threads, read_bytes=1 << 20)
-    profile = MachineProfile(ATTENTION_SHARE * peaks.f32, EXPANSION_SHARE * peaks.int8)
+    profile = measure_profile(jit, pool, n_threads)
     path = _profile_path(jit.target, n_threads)
     if path is not None:
         with contextlib.suppress(OSError):

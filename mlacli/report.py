@@ -19,7 +19,7 @@ from mlacli.graph.lower import scratch_bytes
 from mlacli.graph.node import Dim
 from mlacli.machine import kept_profile, this_target
 from mlacli.report_format import buffer_lines, cache_names, format_report
-from mlacli.report_work import Switching, Work, switching, work_of
+from mlacli.report_work import CostModel, Switching, Work, switching, work_of
 from mlacli.settings import RunSettings
 
 __all__ = ["Report", "buffer_lines", "context_size", "make_report", "report_json", "report_text"]
@@ -145,7 +145,8 @@ def make_report(settings: RunSettings, available: int | None = None) -> Report:
 
     n_ctx = wanted_context(config, settings, available, note)
     plan = plan_context(config, model.weights, settings, target, n_ctx=n_ctx)
-    profile = kept_profile(target, settings.n_threads_batch)
+    integer = model.weights.v_b(0).fmt.is_quantised
+    cost = CostModel(kept_profile(target, settings.n_threads_batch), integer)
     return Report(
         model=_model_facts(model),
         mla=settings.mla,
@@ -157,8 +158,8 @@ def make_report(settings: RunSettings, available: int | None = None) -> Report:
         graphs=tuple(_graph_facts(g) for g in plan.graphs.values()),
         derived=_derived(plan),
         derived_bytes=planned_need(plan).derived,
-        work=work_of(config, settings, profile, plan.n_ctx),
-        switching=switching(config, settings, profile, settings.mla),
+        work=work_of(config, settings, cost, plan.n_ctx),
+        switching=switching(config, settings, cost, settings.mla),
         memory=_memory_facts(model, plan, settings, available),
         buffer_lines=tuple(buffer_lines(plan, settings)),
         notes=tuple(notes),

@@ -11,7 +11,16 @@ from mlacli.model.inventory import layer_shapes
 from mlacli.model.layers import Path
 from mlacli.settings import RunSettings
 
-_EQUAL_RATES = MachineProfile(1.0, 1.0)
+_EQUAL_RATES = MachineProfile(1.0, 1.0, 1.0, 1.0)
+
+
+@dataclass(frozen=True)
+class CostModel:
+    """What -mla 3 goes by: this machine's profile, if it has been measured, and whether kv_b is
+    multiplied in integers."""
+
+    profile: MachineProfile | None
+    integer: bool
 
 
 @dataclass(frozen=True)
@@ -52,24 +61,21 @@ class Switching:
     source: str
 
 
-def switching(
-    config: ModelConfig, settings: RunSettings, profile: MachineProfile | None, mla: int
-) -> Switching:
+def switching(config: ModelConfig, settings: RunSettings, cost: CostModel, mla: int) -> Switching:
     """From which batch size a mode expands, with the other settings as they are."""
     if mla in (0, 1):
         return Switching(None, "one path")
     asked = replace(settings, mla=mla, type_k="f16")  # a type that every mode can cache
-    at = chooser(asked, config, profile or _EQUAL_RATES).crossover
+    profile = cost.profile or _EQUAL_RATES
+    at = chooser(asked, config, profile, integer=cost.integer).crossover
     if settings.mla_threshold is not None:
         return Switching(at, "--mla-threshold")
     if mla == 2:
         return Switching(at, "default")
-    return Switching(at, "measured" if profile else "unmeasured")
+    return Switching(at, "measured" if cost.profile else "unmeasured")
 
 
-def work_of(
-    config: ModelConfig, settings: RunSettings, profile: MachineProfile | None, n_ctx: int
-) -> Work:
+def work_of(config: ModelConfig, settings: RunSettings, model: CostModel, n_ctx: int) -> Work:
     """The work of every mode for micro-batches as large as -ub and the context allow."""
     n_batch = min(settings.n_ubatch, n_ctx)
     cost = multiply_adds(config)
@@ -88,9 +94,9 @@ def work_of(
 
     modes = []
     for mla in range(4):
-        switch = switching(config, settings, profile, mla)
-        prompt = PathChooser(mla, switch.crossover or 0).path(n_batch)
-        generation = PathChooser(mla, n_batch + 1).path(1)
+        switch = switching(config, settings, model, mla)
+        prompt = PathChooser(mla, switch.crossover or 0).path(n_batch, n_ctx)
+        generation = PathChooser(mla, n_batch + 1).path(1, n_ctx)
         modes.append(ModeWork(mla, prompt, per_token(prompt), generation, per_token(generation)))
     return Work(n_batch, per_row, weights, config.n_embd * config.n_vocab, tuple(modes))
 

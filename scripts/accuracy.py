@@ -35,7 +35,7 @@ from tests import reference
 
 MARGIN = 1e-4  # a gap between chosen and unchosen experts below this counts as a tie
 # Batches of 128 tokens and more are expanded, as with -mla 2.
-EVEN_PROFILE = MachineProfile(attention_rate=1e11, expansion_rate=1e11)
+EVEN_PROFILE = MachineProfile(1e11, 1e11, 1e11, 1e11)
 
 
 def evaluate(engine: Engine, tokens: list[int]) -> Logits:
@@ -44,13 +44,9 @@ def evaluate(engine: Engine, tokens: list[int]) -> Logits:
     return engine.eval(tokens, range(len(tokens)), wanted=range(len(tokens)))
 
 
-def settings_grid(
-    path: Path, given: argparse.Namespace, n_ctx: int
-) -> Iterator[RunSettings]:
+def settings_grid(path: Path, given: argparse.Namespace, n_ctx: int) -> Iterator[RunSettings]:
     """Every combination that can work."""
-    for mla, fa, cache, ubatch in itertools.product(
-        given.mla, given.fa, given.cache, given.ubatch
-    ):
+    for mla, fa, cache, ubatch in itertools.product(given.mla, given.fa, given.cache, given.ubatch):
         try:
             yield fitted(
                 model=path,
@@ -114,9 +110,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=700)
     parser.add_argument("--mla", type=numbers, default=[0, 1, 2, 3])
     parser.add_argument("--fa", type=numbers, default=[1, 0])
-    parser.add_argument(
-        "--cache", type=lambda s: s.split(","), default=list(LATENT_CACHE_TYPES)
-    )
+    parser.add_argument("--cache", type=lambda s: s.split(","), default=list(LATENT_CACHE_TYPES))
     parser.add_argument("--ubatch", type=numbers, default=[1, 7, 32, 512])
     parser.add_argument("--threads", type=int, default=2)
     given = parser.parse_args()

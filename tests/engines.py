@@ -14,7 +14,7 @@ from mlacli.model.choose import MachineProfile
 from mlacli.settings import fitted
 
 # Makes -mla 3 expand from a few dozen tokens on, so that small tests reach both paths.
-PROFILE = MachineProfile(attention_rate=1e9, expansion_rate=1e10)
+PROFILE = MachineProfile(1e9, 1e9, 1e10, 1e10)
 MAX_THREADS = 5
 
 
@@ -49,3 +49,26 @@ def all_logits(engine: Engine, tokens: list[int]) -> Logits:
     """Logits of every token from an empty cache."""
     engine.cache.clear()
     return engine.eval(tokens, range(len(tokens)), wanted=range(len(tokens)))
+
+
+def logits_and_experts(
+    engine: Engine, tokens: list[int], positions: Sequence[int] | None = None
+) -> tuple[Logits, list[NDArray[np.int64]]]:
+    """Logits of every token from an empty cache, and the experts that each MoE layer chose.
+
+    The engine must have been made with the names of `routing_names` kept.
+    """
+    engine.cache.clear()
+    positions = range(len(tokens)) if positions is None else positions
+    n_ubatch, n_used = engine.plan.n_tokens_max, engine.plan.n_expert_used
+    logits, experts = [], []
+    for start in range(0, len(tokens), n_ubatch):
+        part = tokens[start : start + n_ubatch]
+        where, n = positions[start : start + n_ubatch], len(part)
+        name = engine.graph_name(n)  # before the step: it may depend on what is cached
+        logits.append(engine.step(part, where, [0] * n, range(n)).copy())
+        graph, program = engine.plan.graphs[name].graph, engine.program(name)
+        tables = [program.address(node) for node in graph.operations if node.op == "route"]
+        words = ctypes.c_int32 * (n * n_used)
+        experts.append([np.array(words.from_address(at)).reshape(n, n_used) for at in tables])
+    return np.concatenate(logits), [np.concatenate(e) for e in zip(*experts, strict=True)]

@@ -15,7 +15,8 @@ LEVELS = (
     ("mlacli.__main__", "mlacli.cli"),
     ("mlacli.bench", "mlacli.bench_table", "mlacli.bench_runner", "mlacli.session"),
     (
-        *("mlacli.engine", "mlacli.context", "mlacli.machine", "mlacli.roofline", "mlacli.fit"),
+        *("mlacli.engine", "mlacli.context", "mlacli.machine", "mlacli.calibrate"),
+        *("mlacli.roofline", "mlacli.fit"),
         *("mlacli.report", "mlacli.report_format", "mlacli.report_work"),
     ),
     ("mlacli.model",),

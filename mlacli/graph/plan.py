@@ -1,7 +1,8 @@
 """Where every intermediate lies in the arena. The arena's size IS the reported compute buffer.
 
-Walks the graph once: a result gets the best-fitting gap when it is made and gives it back after its
-last reader. An op's scratch lives only while the op runs. Leaves and outputs lie elsewhere.
+A result lives from the op that makes it to its last reader, an op's scratch only while the op runs.
+The largest are placed first, each at the lowest offset that is free for as long as it lives (greedy
+by size, as in Pisarchyk and Lee, arXiv 2001.03288). Leaves and outputs lie elsewhere.
 """
 
 from __future__ import annotations
@@ -23,41 +24,15 @@ class Plan:
     scratch: dict[int, int]
 
 
-class _Gaps:
-    """Free ranges of an arena that grows at its end."""
+@dataclass(frozen=True)
+class _Block:
+    """Memory that is needed from op `first` to op `last`."""
 
-    def __init__(self) -> None:
-        self.size = 0
-        self._free: list[tuple[int, int]] = []  # (start, length), sorted, never adjacent
-
-    def take(self, length: int) -> int:
-        fitting = [(n, start) for start, n in self._free if n >= length]
-        if fitting:
-            n, start = min(fitting)
-            self._free.remove((start, n))
-            if n > length:
-                self._insert(start + length, n - length)
-            return start
-        if self._free and sum(self._free[-1]) == self.size:
-            start, _ = self._free.pop()  # grow the gap at the end
-        else:
-            start = self.size
-        self.size = start + length
-        return start
-
-    def give_back(self, start: int, length: int) -> None:
-        self._insert(start, length)
-
-    def _insert(self, start: int, length: int) -> None:
-        self._free = sorted([*self._free, (start, length)])
-        merged = [self._free[0]]
-        for s, n in self._free[1:]:
-            last_start, last_length = merged[-1]
-            if last_start + last_length == s:
-                merged[-1] = (last_start, last_length + n)
-            else:
-                merged.append((s, n))
-        self._free = merged
+    nbytes: int
+    first: int
+    last: int
+    node: Node
+    is_scratch: bool
 
 
 def make_plan(
@@ -67,22 +42,48 @@ def make_plan(
     keep: Collection[str] = (),
 ) -> Plan:
     """Lay out all results of a graph. Nodes named in `keep` are never overwritten (for dumps)."""
-    last_use = _last_uses(graph, keep)
-    sizes = {owner: _aligned(owner.nbytes(bounds)) for owner in last_use}
-    gaps, offsets, scratch = _Gaps(), {}, {}
-    ending: dict[int, list[Node]] = {}
-    for owner, last in last_use.items():
-        ending.setdefault(last, []).append(owner)
+    offsets: dict[int, int] = {}
+    scratch: dict[int, int] = {}
+    size = 0
+    taken: list[list[tuple[int, int]]] = [[] for _ in graph.nodes]  # (start, end) at each op
+    blocks = _blocks(graph, bounds, scratch_bytes, keep)
+    for block in sorted(blocks, key=lambda b: (-b.nbytes, b.first)):
+        in_use = {span for at in taken[block.first : block.last + 1] for span in at}
+        start = _lowest_gap(in_use, block.nbytes)
+        for at in taken[block.first : block.last + 1]:
+            at.append((start, start + block.nbytes))
+        (scratch if block.is_scratch else offsets)[block.node.index] = start
+        size = max(size, start + block.nbytes)
+    return Plan(size, offsets, scratch)
+
+
+def _lowest_gap(in_use: set[tuple[int, int]], nbytes: int) -> int:
+    """The lowest offset with `nbytes` free bytes behind it."""
+    at = 0
+    for start, end in sorted(in_use):
+        if start - at >= nbytes:
+            break
+        at = max(at, end)
+    return at
+
+
+def _blocks(
+    graph: Graph,
+    bounds: Bounds,
+    scratch_bytes: Callable[[Node], int],
+    keep: Collection[str],
+) -> list[_Block]:
+    """Everything that needs a place, with its lifetime."""
+    end = len(graph.nodes) - 1
+    blocks = [
+        _Block(_aligned(owner.nbytes(bounds)), owner.index, min(last, end), owner, False)
+        for owner, last in _last_uses(graph, keep).items()
+    ]
     for node in graph.operations:
-        if node in last_use:
-            offsets[node.index] = gaps.take(sizes[node])
         n_scratch = _aligned(scratch_bytes(node))
         if n_scratch:
-            scratch[node.index] = gaps.take(n_scratch)
-            gaps.give_back(scratch[node.index], n_scratch)
-        for owner in ending.get(node.index, []):
-            gaps.give_back(offsets[owner.index], sizes[owner])
-    return Plan(gaps.size, offsets, scratch)
+            blocks.append(_Block(n_scratch, node.index, node.index, node, True))
+    return blocks
 
 
 def _last_uses(graph: Graph, keep: Collection[str]) -> dict[Node, int]:

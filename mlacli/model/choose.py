@@ -1,16 +1,18 @@
 """Which attention path a batch takes: settings -> options, and the cost model of -mla 3.
 
-Per batch of n tokens over m cached rows, in multiply-adds per layer (DESIGN section 2):
+Per batch of n tokens over m cached rows, in multiply-adds per layer:
 
-    absorbed  n m H (2 R + rope)                        at the machine's attention rate
-    expanded  n m H (nope + rope + v)                   at the same rate
-              + m H R (nope + v)                        at its expansion (matrix) rate
+    absorbed  n m H (2 R + rope)        at the rate of the absorbed inner loop
+              + n H R (nope + v)        at the matrix rate: q into the latent space, results out
+    expanded  n m H (nope + rope + v)   at the rate of the expanded inner loop
+              + m H R (nope + v)        at the matrix rate: every row becomes K and V
 
-so expanding pays when a batch is large enough, however long the cache is.
+so expanding pays when a batch is large enough, however long the cache is, and always at its start.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from codegen.formats import CACHE_FORMATS
@@ -22,29 +24,49 @@ CHUNK_MIB = 32
 DEFAULT_THRESHOLD = 128  # tokens; of -mla 2
 FEW_TOKENS = 4  # up to here a batch counts as generation
 MIB = 2**20
+NEVER = 2**31 - 1
 
 
 @dataclass(frozen=True)
 class MachineProfile:
-    """Multiply-adds per second of this machine's attention and of its matrix expansion."""
+    """Multiply-adds per second of this machine: the two inner loops, and the kv_b expansion with
+    integer and with float weights."""
 
-    attention_rate: float
-    expansion_rate: float
+    absorbed_rate: float
+    expanded_rate: float
+    expansion_rate_int8: float
+    expansion_rate_f32: float
 
 
 @dataclass(frozen=True)
 class PathChooser:
-    """Picks the path of a batch; `crossover` is the batch size from which expanding is cheaper."""
+    """Picks the path of a batch from its size and the number of cached rows it attends to.
+
+    The expanded path costs `per_pair` seconds less per (token, row) and layer; turning a row into
+    K and V, or a token's q and result into and out of the latent space, costs `per_row` each.
+    """
 
     mla: int
-    crossover: int
+    threshold: int | None = None  # fixed batch size: --mla-threshold, or that of -mla 2
+    per_pair: float = 0.0
+    per_row: float = 0.0
 
-    def path(self, n_tokens: int) -> Path:
+    def path(self, n_tokens: int, n_kv: int) -> Path:
         if self.mla == 0:
             return "standard"
-        if self.mla == 1 or n_tokens < self.crossover:
+        if self.mla == 1:
             return "absorbed"
-        return "expanded"
+        if self.threshold is not None:
+            return "expanded" if n_tokens >= self.threshold else "absorbed"
+        saved = n_tokens * n_kv * self.per_pair
+        return "expanded" if saved >= (n_kv - n_tokens) * self.per_row else "absorbed"
+
+    @property
+    def crossover(self) -> int:
+        """The batch size from which expanding pays however long the cache is."""
+        if self.threshold is not None:
+            return self.threshold
+        return math.ceil(self.per_row / self.per_pair) if self.per_pair > 0 else NEVER
 
 
 def multiply_adds(config: ModelConfig) -> dict[str, int]:
@@ -58,25 +80,19 @@ def multiply_adds(config: ModelConfig) -> dict[str, int]:
     }
 
 
-def crossover(config: ModelConfig, profile: MachineProfile) -> int:
-    """Smallest batch for which the expanded path is estimated to be the faster one."""
-    cost = multiply_adds(config)
-    saved = (cost["absorbed"] - cost["standard"]) / profile.attention_rate
-    extra = cost["expansion"] / profile.expansion_rate
-    if saved <= 0:
-        return 2**31 - 1
-    return max(1, int(extra / saved) + 1)
+def chooser(
+    settings: RunSettings, config: ModelConfig, profile: MachineProfile, *, integer: bool
+) -> PathChooser:
+    """--mla-threshold pins the batch size; else 128 for -mla 2 and the cost model for -mla 3.
 
-
-def chooser(settings: RunSettings, config: ModelConfig, profile: MachineProfile) -> PathChooser:
-    """--mla-threshold pins the crossover; else 128 for -mla 2 and the cost model for -mla 3."""
-    if settings.mla_threshold is not None:
-        at = settings.mla_threshold
-    elif settings.mla == 2:
-        at = DEFAULT_THRESHOLD
-    else:
-        at = crossover(config, profile)
-    return PathChooser(settings.mla, at)
+    `integer`: kv_b is quantised, so expanding it runs at the integer rate.
+    """
+    if settings.mla_threshold is not None or settings.mla == 2:
+        return PathChooser(settings.mla, settings.mla_threshold or DEFAULT_THRESHOLD)
+    cost, h = multiply_adds(config), config.n_head
+    rate = profile.expansion_rate_int8 if integer else profile.expansion_rate_f32
+    saved = cost["absorbed"] / profile.absorbed_rate - cost["standard"] / profile.expanded_rate
+    return PathChooser(settings.mla, None, h * saved, h * cost["expansion"] / rate)
 
 
 def options(settings: RunSettings, path: Path, n_ctx: int, *, few: bool) -> Options:

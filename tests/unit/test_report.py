@@ -104,6 +104,16 @@ def test_the_context_is_padded(v2_lite: Model) -> None:
             "K (q8_KV): 5400.00 MiB, V (f16): 6912.00 MiB",
         ),
         (
+            {"type_k": "f32", "mla": 1, "flash_attn": False},
+            "7344.00",
+            "c^KV (f32): 3888.00 MiB, kv^T (f32): 3456.00 MiB",
+        ),
+        (
+            {"type_k": "bf16", "type_v": "bf16", "mla": 0, "flash_attn": False},
+            "17280.00",
+            "K (bf16): 10368.00 MiB, V (f16): 6912.00 MiB",
+        ),
+        (
             {"type_k": "q8_0", "type_v": "q8_0", "mla": 0},
             "9180.00",
             "K (q8_0): 5508.00 MiB, V (q8_0): 3672.00 MiB",
@@ -225,6 +235,9 @@ def test_bytes_per_token(v2_lite: Model, v3: Model) -> None:
     assert small.plain_bytes_per_token == 270 * 1024
     assert large.bytes_per_token == 68.625 * 1024
     assert large.plain_bytes_per_token == 4880 * 1024
+    quantised = reported(v2_lite, type_k="q8_KV").cache
+    assert quantised.bytes_per_token == 27 * 584
+    assert quantised.plain_bytes_per_token == 12312 * MIB // 65536
     plain = reported(v2_lite, mla=0).cache
     assert plain.bytes_per_token == plain.plain_bytes_per_token == 270 * 1024
     kinds = reported(v2_lite, mla=1, flash_attn=False, type_k="q8_KV", n_ctx=65536).cache.kinds
@@ -281,7 +294,8 @@ def test_multiply_adds(v2_lite: Model) -> None:
         assert reported(v2_lite, **given).work.per_row["expanded"] == pytest.approx(
             expanded, abs=0.01
         )
-    assert reported(v2_lite, n_ctx=256).work.n_batch == 256  # no batch is longer than the context
+    work = reported(v2_lite, n_ctx=256).work  # no batch is longer than the context
+    assert (work.n_batch, work.per_row["expanded"]) == (256, 320 + 131072 / 256)
 
 
 @pytest.mark.usefixtures("no_profile")
@@ -333,8 +347,8 @@ def test_crossover(
 def test_the_kept_profile_decides(v2_lite: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     found = {}
     for name, profile in (
-        ("fast matrices", MachineProfile(attention_rate=1e9, expansion_rate=8e9)),
-        ("slow matrices", MachineProfile(attention_rate=8e9, expansion_rate=1e9)),
+        ("fast matrices", MachineProfile(1e9, 1e9, 8e9, 8e9)),
+        ("slow matrices", MachineProfile(8e9, 8e9, 1e9, 1e9)),
     ):
         monkeypatch.setattr(report_module, "kept_profile", lambda *_, kept=profile: kept)
         report = reported(v2_lite)
