@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import ctypes
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from codegen.jit import Jit
 from codegen.pool import Pool
 from mlacli.engine import Engine, Logits, load_model
 from mlacli.machine import make_jit
 from mlacli.model.choose import MachineProfile
+from mlacli.model.config import ModelConfig
 from mlacli.settings import fitted
 
 # Makes -mla 3 expand from a few dozen tokens on, so that small tests reach both paths.
@@ -29,20 +35,34 @@ def shared_pool() -> Pool:
 
 
 def make_engine(
-    path: Path, *, n_ctx: int = 256, n_out_max: int | None = None, **flags: Any
+    path: Path,
+    *,
+    n_ctx: int = 256,
+    n_out_max: int | None = None,
+    jit: Jit | None = None,
+    profile: MachineProfile = PROFILE,
+    keep_experts: bool = False,
+    **flags: Any,
 ) -> Engine:
     """An engine with settings by field name; all logits of a micro-batch can be asked for."""
     flags.setdefault("n_threads", 2)
     settings = fitted(model=path, n_ctx=n_ctx, **flags)
+    model = load_model(path)
     return Engine(
-        load_model(path),
+        model,
         settings,
-        shared_jit(),
-        PROFILE,
+        jit or shared_jit(),
+        profile,
         n_ctx=n_ctx,
         n_out_max=n_out_max or settings.n_ubatch,
         pool=shared_pool(),
+        keep=routing_names(model.config) if keep_experts else (),
     )
+
+
+def routing_names(config: ModelConfig) -> tuple[str, ...]:
+    """The nodes that hold what the routers chose."""
+    return tuple(f"ffn_moe_topk-{i}" for i in range(config.n_layer_dense, config.n_layer))
 
 
 def all_logits(engine: Engine, tokens: list[int]) -> Logits:
@@ -54,9 +74,9 @@ def all_logits(engine: Engine, tokens: list[int]) -> Logits:
 def logits_and_experts(
     engine: Engine, tokens: list[int], positions: Sequence[int] | None = None
 ) -> tuple[Logits, list[NDArray[np.int64]]]:
-    """Logits of every token from an empty cache, and the experts that each MoE layer chose.
+    """The same, and the experts that each MoE layer chose, (n_tokens, n_expert_used).
 
-    The engine must have been made with the names of `routing_names` kept.
+    The engine must have been made with `routing_names` kept.
     """
     engine.cache.clear()
     positions = range(len(tokens)) if positions is None else positions
@@ -70,5 +90,9 @@ def logits_and_experts(
         graph, program = engine.plan.graphs[name].graph, engine.program(name)
         tables = [program.address(node) for node in graph.operations if node.op == "route"]
         words = ctypes.c_int32 * (n * n_used)
-        experts.append([np.array(words.from_address(at)).reshape(n, n_used) for at in tables])
+        experts.append([_copy(words.from_address(at), n) for at in tables])
     return np.concatenate(logits), [np.concatenate(e) for e in zip(*experts, strict=True)]
+
+
+def _copy(words: Any, n_rows: int) -> NDArray[np.int64]:
+    return np.array(words, np.int64).reshape(n_rows, -1)

@@ -13,7 +13,7 @@ HF transformers' modeling_deepseek_v2/v3.py, against which scripts/make_golden.p
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -156,11 +156,14 @@ def gap(scores: Array, n_chosen: int) -> Array:
     return np.asarray(ranked[:, n_chosen - 1] - ranked[:, n_chosen])
 
 
-def route(logits: Array, bias: Array | None, config: Config) -> tuple[Ids, Array, Array]:
+def route(
+    logits: Array, bias: Array | None, config: Config, experts: Ids | None = None
+) -> tuple[Ids, Array, Array]:
     """(experts, weights, margin) for router `logits` (n_tokens, n_expert); see `Routing`.
 
     The bias (V3's exp_probs_b) and the groups take part in the selection only. A group counts by
-    the sum of its two best experts with a sigmoid gate (V3), by its best with softmax (V2).
+    the sum of its two best experts with a sigmoid gate (V3), by its best with softmax (V2). Given
+    `experts` are taken instead of the best ones.
     """
     if config.gating == SIGMOID:
         probs = sigmoid(logits)
@@ -178,8 +181,9 @@ def route(logits: Array, bias: Array | None, config: Config) -> tuple[Ids, Array
         np.put_along_axis(kept, best, True, axis=-1)
         scores = np.where(kept[..., None], grouped, -np.inf).reshape(scores.shape)
         margin = gap(group_scores, config.n_group_used)
-    order = np.argsort(-scores, axis=-1, kind="stable").astype(np.int64)
-    experts = order[:, : config.n_expert_used]
+    if experts is None:
+        order = np.argsort(-scores, axis=-1, kind="stable").astype(np.int64)
+        experts = order[:, : config.n_expert_used]
     weights = np.take_along_axis(probs, experts, axis=-1)
     if config.weights_norm:
         weights = weights / np.maximum(weights.sum(axis=-1, keepdims=True), SMALLEST_WEIGHT_SUM)
@@ -224,14 +228,17 @@ class ReferenceModel:
         rows: Sequence[int] | None = None,
         cache_round: Rounding | None = None,
         cache_rows: Literal["latent", "heads"] = "latent",
+        experts: Sequence[Ids] | None = None,
         tap: Tap | None = None,
     ) -> Forward:
         """One pass over `tokens`; positions default to 0, 1, ..., sequences to one.
 
         `cache_round` is applied to what an engine would store per token: with cache_rows "latent"
         the row c_kv | k_pe (n_tokens, kv_lora + rope), with "heads" K (n_tokens, n_head,
-        nope + rope) and V (n_tokens, n_head, v). `tap` is called with each layer's intermediates
-        under llama.cpp's names (`l_out-3`), to find the layer where an engine departs.
+        nope + rope) and V (n_tokens, n_head, v). `experts`, one array (n_tokens, n_expert_used) per
+        MoE layer, replaces what the routers would choose: an engine that resolved a near tie the
+        other way can be compared on the experts that it took. `tap` is called with each layer's
+        intermediates under llama.cpp's names (`l_out-3`), to find where an engine departs.
         """
         where = np.arange(len(tokens)) if positions is None else np.asarray(positions)
         whose = np.zeros(len(tokens)) if sequences is None else np.asarray(sequences)
@@ -239,10 +246,12 @@ class ReferenceModel:
         tap = tap or _ignore
         x = self.weights.get("token_embd.weight", np.asarray(tokens, dtype=np.int64))
         routing: list[Routing] = []
+        forced = iter(experts or ())
         for layer in range(self.config.n_layer):
             x = x + self._attention(layer, self._norm(x, layer, "attn_norm"), cache, tap)
             tap(f"ffn_inp-{layer}", x)
-            x = x + self._feed_forward(layer, self._norm(x, layer, "ffn_norm"), routing, tap)
+            h = self._norm(x, layer, "ffn_norm")
+            x = x + self._feed_forward(layer, h, routing, forced, tap)
             tap(f"l_out-{layer}", x)
         x = x if rows is None else x[np.asarray(rows, dtype=np.int64)]
         x = rms_norm(x, self.weights.get("output_norm.weight"), self.config.epsilon)
@@ -301,7 +310,9 @@ class ReferenceModel:
         k_b = k_b.reshape(config.n_head, config.kv_lora, config.nope).transpose(0, 2, 1)
         return np.concatenate([k_b, v_b.reshape(config.n_head, config.v, config.kv_lora)], axis=1)
 
-    def _feed_forward(self, layer: int, x: Array, routing: list[Routing], tap: Tap) -> Array:
+    def _feed_forward(
+        self, layer: int, x: Array, routing: list[Routing], forced: Iterator[Ids], tap: Tap
+    ) -> Array:
         """A dense SwiGLU, or the chosen experts' weighted sum plus the shared experts."""
         block = f"blk.{layer}."
         if block + "ffn_gate_inp.weight" not in self.weights:
@@ -309,7 +320,7 @@ class ReferenceModel:
         logits = self._linear(x, layer, "ffn_gate_inp")
         biased = block + "exp_probs_b.bias" in self.weights
         bias = self.weights.get(block + "exp_probs_b.bias") if biased else None
-        experts, weights, margin = route(logits, bias, self.config)
+        experts, weights, margin = route(logits, bias, self.config, next(forced, None))
         routing.append(Routing(layer, experts, weights, margin))
         out = np.zeros_like(x)
         for expert in np.unique(experts):

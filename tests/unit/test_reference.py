@@ -147,6 +147,22 @@ def test_tap_and_routing_see_every_layer(tiny_model: TinyModel) -> None:
     assert (result.smallest_margin() > 0).all()
 
 
+def test_experts_can_be_prescribed(tiny_model: TinyModel) -> None:
+    model, tokens = load(tiny_model("tiny-v3")), some_tokens(6)
+    free = model.run(tokens)
+    chosen = [routing.experts for routing in free.routing]
+    assert np.array_equal(model.run(tokens, experts=chosen).logits, free.logits)
+    others = [(experts + 1) % 8 for experts in chosen]
+    forced = model.run(tokens, experts=others)
+    assert all(map(np.array_equal, others, (routing.experts for routing in forced.routing)))
+    assert nmse(forced.logits, free.logits) > 1e-2
+    fewer = tiny_model("tiny-v3", n_used=1)
+    best = [experts[:, :1] for experts in chosen]
+    one = model.run(tokens, experts=[r.experts for r in load(fewer).run(tokens).routing])
+    assert np.array_equal(one.routing[0].experts, best[0])
+    assert np.array_equal(one.logits, load(fewer).run(tokens).logits)
+
+
 def test_rope_turns_adjacent_pairs() -> None:
     x = np.array([[[1.0, 0.0, 0.0, 2.0]], [[1.0, 0.0, 0.0, 2.0]]])
     turned = rotate(x, np.array([0, 1]), np.array([math.pi / 2, math.pi]))
