@@ -33,7 +33,10 @@ MAX_LAYERS, MAX_EXPERTS, MAX_HEADS = 1_024, 4_096, 4_096
 MAX_WIDTH = 2**20
 MAX_CONTEXT = 2**30
 MAX_ROPE_FACTOR = 65_536.0
-_FILE_TYPES = {0: "F32", 1: "F16", 2: "Q4_0", 7: "Q8_0", 25: "IQ4_NL", 32: "BF16"}
+_FILE_TYPES = {
+    **{0: "F32", 1: "F16", 2: "Q4_0", 7: "Q8_0", 25: "IQ4_NL", 32: "BF16"},
+    **{14: "Q4_K_S", 15: "Q4_K_M", 16: "Q5_K_S", 17: "Q5_K_M", 18: "Q6_K"},
+}
 _SOFTMAX, _SIGMOID = 1, 2
 _NO_EXPERTS = {
     "n_expert": 0,

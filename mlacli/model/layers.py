@@ -65,7 +65,7 @@ class Builder:
 
     def activations(self, x: Node, weight: Node) -> Node:
         """x as the weight's kernels want it; quantised once for all its readers."""
-        if not weight.attrs["matrix"].fmt.is_quantised:
+        if not weight.attrs["matrix"].fmt.integer_dot:
             return x
         if x not in self._quantised:
             self._quantised[x] = self.graph.add("quantize", "a8", x.shape, x, name=x.name + "_q")

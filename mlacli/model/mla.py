@@ -78,7 +78,7 @@ def absorbed(b: Builder, layer: int, q: Node, kv_a: Node) -> Node:
     cache, kv_t = _store_latent(b, layer, kv_a)
     k_b = b.weight(b.weights.k_b(layer))
     q_nope = q
-    if k_b.attrs["matrix"].fmt.is_quantised:
+    if k_b.attrs["matrix"].fmt.integer_dot:
         shape = (T, c.n_head, c.n_nope)
         q_nope = g.add("quantize", "a8", shape, q, name=f"q_nope-{layer}", stride=c.head_dim)
     q_c = g.add(

@@ -24,7 +24,7 @@ def feed_forward(b: Builder, layer: int, x: Node) -> Node:
 def dense(b: Builder, layer: int, h: Node, x: Node, suffix: str) -> Node:
     """One expert that every token visits."""
     blk = f"blk.{layer}.ffn_"
-    gate, up = b.tensor(f"{blk}gate{suffix}.weight"), b.tensor(f"{blk}up{suffix}.weight")
+    gate, up = _gate_and_up(b, blk, suffix)
     shape = (h.shape[0], gate.shape[1])
     act = b.activations(h, gate)
     name = f"ffn_act{suffix}-{layer}"
@@ -41,7 +41,8 @@ def experts(b: Builder, layer: int, h: Node, x: Node) -> Node:
     slots = (h.shape[0], c.n_expert_used)
     name = f"ffn_moe_topk-{layer}"
     routing = g.add("route", "routing", slots, *inputs, name=name, routing=rule(b, len(inputs) > 1))
-    gate, up, down = (b.tensor(f"{blk}ffn_{part}_exps.weight") for part in ("gate", "up", "down"))
+    gate, up = _gate_and_up(b, blk + "ffn_", "_exps")
+    down = b.tensor(f"{blk}ffn_down_exps.weight")
     act = b.activations(h, gate)
     tables: tuple[Node, ...] = (routing,)
     if not b.options.few:
@@ -72,6 +73,11 @@ def experts(b: Builder, layer: int, h: Node, x: Node) -> Node:
         tables = (b.input("slot_index", "i32", *slots), routing)
     name = f"ffn_moe_out-{layer}"
     return g.add("moe_sum", "f32", x.shape, z, *tables, x, name=name, inplace=3)
+
+
+def _gate_and_up(b: Builder, blk: str, suffix: str) -> tuple[Node, Node]:
+    gate, up = b.weights.gate_and_up(f"{blk}gate{suffix}.weight", f"{blk}up{suffix}.weight")
+    return b.weight(gate), b.weight(up)
 
 
 def rule(b: Builder, biased: bool) -> Routing:

@@ -8,6 +8,9 @@ expanded one) and v_b come from whichever of attn_kv_b, attn_k_b, attn_v_b the f
 
 v_b is always a view. k_b is derived from kv_b, or w_uk from k_b, when a mode needs the one that
 the file lacks: as Q8_0 when its source is quantised, else in the source's type (DESIGN section 2).
+w_uk and v_b read the same rows, so w_uk takes after v_b: it is Q8_0 beside a v_b that meets 8-bit
+activations, and a float beside one that meets f32: k_b's type, F16 if that is quantised (beside a
+K-quant v_b it always is: k_b's rows are too short for K-quants).
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from codegen.formats import BY_GGML_TYPE, Q8_0, BlockFormat
+from codegen.formats import BY_GGML_TYPE, F16, Q8_0, BlockFormat
 from mlacli.gguf.problem import model_error
 from mlacli.gguf.quants import dequantise, quantise
 from mlacli.gguf.reader import GGUFFile
@@ -45,6 +48,15 @@ class Weights:
         pitch = n_rows * fmt.row_bytes(n_cols) if n_mats > 1 else 0
         return Matrix(name, fmt, n_cols, n_rows, n_mats, pitch=pitch)
 
+    def gate_and_up(self, gate: str, up: str) -> tuple[Matrix, Matrix]:
+        """Two matrices that read the same rows. Raises ModelError when one of them meets 8-bit
+        activations and the other f32 ones; no quantiser makes such a pair by its own rules."""
+        first, second = self.matrix(gate), self.matrix(up)
+        if first.fmt.integer_dot != second.fmt.integer_dot:
+            problem = f"its type does not go together with {second.fmt.name} of {up}"
+            raise model_error(self.file.path, gate, problem, got=first.fmt.name)
+        return first, second
+
     def _format(self, name: str) -> BlockFormat:
         tensor = self.file.tensors[name]
         fmt = BY_GGML_TYPE.get(tensor.ggml_type)
@@ -58,8 +70,9 @@ class Weights:
         """W_UK^T per head, (kv_lora, nope): q_latent = k_b q_nope."""
         c, name = self.config, f"blk.{layer}.attn_k_b.weight"
         derived = not self.has(name)
-        fmt = self._derived_format(f"blk.{layer}.attn_kv_b.weight") if derived else None
-        fmt = fmt or self._format(name)
+        fmt = self._format(f"blk.{layer}.attn_kv_b.weight" if derived else name)
+        if derived and fmt.is_quantised:
+            fmt = Q8_0
         pitch = c.kv_lora_rank * fmt.row_bytes(c.n_nope)
         return Matrix(name, fmt, c.n_nope, c.kv_lora_rank, c.n_head, pitch=pitch, derived=derived)
 
@@ -68,7 +81,11 @@ class Weights:
         c, joint = self.config, f"blk.{layer}.attn_kv_b.weight"
         if self.has(joint):
             return self._part_of_joint(joint, 0, c.n_nope)
-        fmt = self._derived_format(f"blk.{layer}.attn_k_b.weight")
+        fmt = self._format(f"blk.{layer}.attn_k_b.weight")
+        if self._format(f"blk.{layer}.attn_v_b.weight").integer_dot:
+            fmt = Q8_0
+        elif fmt.is_quantised:
+            fmt = F16
         pitch = c.n_nope * fmt.row_bytes(c.kv_lora_rank)
         name = f"blk.{layer}.attn_uk.weight"
         return Matrix(name, fmt, c.kv_lora_rank, c.n_nope, c.n_head, pitch=pitch, derived=True)
@@ -88,10 +105,6 @@ class Weights:
         row = fmt.row_bytes(c.kv_lora_rank)
         pitch = (c.n_nope + c.n_v) * row
         return Matrix(joint, fmt, c.kv_lora_rank, n_rows, c.n_head, first * row, pitch)
-
-    def _derived_format(self, source: str) -> BlockFormat:
-        fmt = self._format(source)
-        return Q8_0 if fmt.is_quantised else fmt
 
     # -- memory -----------------------------------------------------------------------------
 
