@@ -31,8 +31,30 @@ from gguf import GGMLQuantizationType as GGMLType
 ARCH = "deepseek2"
 TRAINED_CONTEXT = 163840
 FLOAT_TYPES = {GGMLType.F32: np.float32, GGMLType.F16: np.float16, GGMLType.BF16: np.uint16}
-# Standard deviation of the codes of a random block: a scale of std / this gives the wanted std.
-CODE_SPREAD = {GGMLType.IQ4_NL: 70.0, GGMLType.Q8_0: 74.0, GGMLType.Q4_0: 4.6}
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Blocks of random bytes with f16 scales of std / `spread`, at byte `scale_at`.
+
+    K-quants with a minimum have its scale, `centre` times the other, in the two bytes behind it:
+    values are then zero on average.
+    """
+
+    spread: float
+    scale_at: int = 0
+    centre: float = 0.0
+
+
+BLOCKS = {
+    GGMLType.IQ4_NL: Blocks(70.0),
+    GGMLType.Q8_0: Blocks(74.0),
+    GGMLType.Q4_0: Blocks(4.6),
+    GGMLType.Q4_K: Blocks(258.0, centre=7.5),
+    GGMLType.Q5_K: Blocks(527.0, centre=15.5),
+    GGMLType.Q6_K: Blocks(1366.0, scale_at=208),
+}
+K_QUANTS = (GGMLType.Q4_K, GGMLType.Q5_K, GGMLType.Q6_K)  # rows that do not fit become Q8_0
 
 
 @dataclass(frozen=True)
@@ -249,7 +271,9 @@ def _tensors(g: Geometry, weight_type: Any, kv_b: str) -> list[Tensor]:
     """All tensors in file order; std = 1/sqrt(columns) keeps activations near unit size."""
 
     def matrix(name: str, *shape: int, std: float | None = None) -> Tensor:
-        return Tensor(name, shape, weight_type, 1.0 / math.sqrt(shape[0]) if std is None else std)
+        fits = weight_type not in K_QUANTS or shape[0] % gguf.QK_K == 0
+        type_ = weight_type if fits else GGMLType.Q8_0
+        return Tensor(name, shape, type_, 1.0 / math.sqrt(shape[0]) if std is None else std)
 
     tensors = [matrix("token_embd.weight", g.n_embd, g.vocab, std=0.5)]
     for i in range(g.n_layer):
@@ -352,15 +376,17 @@ def _random(tensor: Tensor, seed: int) -> Any:
         elif tensor.type == GGMLType.BF16:
             x = (x.view(np.uint32) >> 16).astype(np.uint16)
         return x.reshape(tensor.byte_shape)
-    if tensor.type not in CODE_SPREAD:
+    if tensor.type not in BLOCKS:
         raise SystemExit(f"type {tensor.type.name} is not among those that can be made at random")
+    kind = BLOCKS[tensor.type]
     block, block_bytes = gguf.GGML_QUANT_SIZES[tensor.type]
-    blocks = np.empty((n // block, block_bytes), np.uint8)
-    codes = rng.bytes(blocks.shape[0] * (block_bytes - 2))
-    blocks[:, 2:] = np.frombuffer(codes, np.uint8).reshape(-1, block_bytes - 2)
-    spread = 0.75 + 0.5 * rng.random(blocks.shape[0], dtype=np.float32)
-    scales = (tensor.std / CODE_SPREAD[tensor.type] * spread).astype(np.float16)
-    blocks[:, :2] = scales.view(np.uint8).reshape(-1, 2)
+    codes = np.frombuffer(rng.bytes(n // block * (block_bytes - 2)), np.uint8)
+    spread = 0.75 + 0.5 * rng.random((n // block, 1), dtype=np.float32)
+    scales = tensor.std / kind.spread * spread
+    blocks = np.insert(codes.reshape(-1, block_bytes - 2), [kind.scale_at] * 2, 0, axis=1)
+    blocks[:, kind.scale_at : kind.scale_at + 2] = scales.astype(np.float16).view(np.uint8)
+    if kind.centre:
+        blocks[:, 2:4] = (kind.centre * scales).astype(np.float16).view(np.uint8)
     return blocks.reshape(tensor.byte_shape)
 
 

@@ -44,6 +44,19 @@ def test_weights_have_the_wanted_spread(type_: str, tiny_model: TinyModel) -> No
     assert values.std() == pytest.approx(1 / np.sqrt(320), rel=0.05)
 
 
+@pytest.mark.parametrize("type_", ["Q4_K", "Q5_K", "Q6_K"])
+def test_k_quants_are_centred_and_short_rows_become_q8_0(type_: str, tmp_path: Path) -> None:
+    path = tmp_path / "k.gguf"
+    make_model(path, preset="tiny-v3", type=type_, kv_b="split", overrides={"kv_lora": 256})
+    file = open_gguf(path)
+    values = tensor_values(file, "blk.1.ffn_up_exps.weight")
+    assert values.std() == pytest.approx(1 / 16, rel=0.05)
+    assert abs(values.mean()) < 0.002
+    names = ("ffn_up_exps", "attn_v_b", "attn_k_b", "ffn_down_exps")
+    types = [file.tensors[f"blk.1.{name}.weight"].type_name for name in names]
+    assert types == [type_, type_, "Q8_0", "Q8_0"]
+
+
 def test_command_line(tmp_path: Path) -> None:
     path = tmp_path / "cli.gguf"
     command = [sys.executable, "-m", "scripts.make_model", str(path), "--preset", "tiny-odd"]
