@@ -49,6 +49,8 @@ def _guarded(action: Callable[[], int], debug: bool) -> int:
 
     try:
         return action()
+    except errors.Interrupted as ended:
+        return ended.exit_code
     except errors.MlaError as problem:
         return _fail(str(problem), problem.exit_code)
     except typer.Exit as done:

@@ -15,9 +15,11 @@ import numpy as np
 from codegen.jit import Jit
 from codegen.pool import Pool
 from mlacli.bench import BenchCase, BenchResult, ModelFacts
-from mlacli.engine import Engine, Model, load_model
+from mlacli.engine import Cancelled, Engine, Model, load_model
+from mlacli.errors import Interrupted
 from mlacli.machine import Peaks, cpu_name, machine_profile, make_jit, measure_peaks
 from mlacli.roofline import row_seconds
+from mlacli.session import EXIT_OF_SIGNAL, stop_on_signals
 from mlacli.settings import RunSettings
 
 
@@ -35,8 +37,15 @@ class EngineRunner:
     _models: dict[tuple[Path, bool, bool], Model] = field(default_factory=dict)
 
     def __call__(self, case: BenchCase) -> BenchResult:
-        """Run a case. Raises MlaError."""
+        """Run a case. Raises MlaError, and Interrupted on Ctrl-C."""
         engine = self._engine_for(case.settings)
+        with stop_on_signals(engine) as received:
+            try:
+                return self._measure(engine, case)
+            except Cancelled as problem:
+                raise Interrupted(EXIT_OF_SIGNAL[received[0]]) from problem
+
+    def _measure(self, engine: Engine, case: BenchCase) -> BenchResult:
         if self.warmup:
             self._fill(engine, case)
             self._once(engine, case)

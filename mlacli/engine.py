@@ -109,14 +109,15 @@ class Engine:
         *,
         wanted: Sequence[int] | None = None,
     ) -> Logits:
-        """Evaluate tokens in micro-batches; logits of the `wanted` ones (default: the last).
+        """Evaluate tokens in micro-batches; logits of the `wanted` ones, which rise (default: the
+        last). The result is only valid until the next call.
 
         Raises SpaceError when the context is full, Cancelled after `cancel`: the micro-batches
         before the one that was cancelled stay in the cache.
         """
         wanted = [len(tokens) - 1] if wanted is None else list(wanted)
         sequences = [0] * len(tokens) if sequences is None else sequences
-        rows = []
+        rows: list[Logits] = []
         n_ubatch = self.plan.n_tokens_max
         for start in range(0, len(tokens), n_ubatch):
             stop = min(start + n_ubatch, len(tokens))
@@ -124,8 +125,8 @@ class Engine:
             logits = self.step(
                 tokens[start:stop], positions[start:stop], sequences[start:stop], part
             )
-            if part:
-                rows.append(logits.copy() if len(tokens) > n_ubatch else logits)
+            if part or stop == len(tokens):
+                rows.append(logits.copy() if stop < len(tokens) else logits)
         return rows[0] if len(rows) == 1 else np.concatenate(rows)
 
     def step(

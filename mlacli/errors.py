@@ -20,6 +20,14 @@ class MlaError(Exception):
     exit_code = EXIT_INTERNAL
 
 
+class Interrupted(Exception):
+    """A signal ended the command; there is nothing to explain, only an exit code."""
+
+    def __init__(self, exit_code: int) -> None:
+        super().__init__(exit_code)
+        self.exit_code = exit_code
+
+
 class UsageError(MlaError):
     """A flag has a value that cannot work (exit 2)."""
 

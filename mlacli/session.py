@@ -155,10 +155,10 @@ def run_prompt(
     write("\n")
     for line in timings.lines():
         note(line)
-    return _EXIT_OF_SIGNAL[received[0]] if received else 0
+    return EXIT_OF_SIGNAL[received[0]] if received else 0
 
 
-_EXIT_OF_SIGNAL: dict[int, int] = {signal.SIGINT: EXIT_SIGINT, signal.SIGTERM: EXIT_SIGTERM}
+EXIT_OF_SIGNAL: dict[int, int] = {signal.SIGINT: EXIT_SIGINT, signal.SIGTERM: EXIT_SIGTERM}
 
 
 def start_engine(
@@ -233,7 +233,7 @@ def stop_on_signals(engine: Engine) -> Iterator[list[int]]:
 
     def watch() -> None:
         while data := reader.recv(1):
-            if data[0] not in _EXIT_OF_SIGNAL:
+            if data[0] not in EXIT_OF_SIGNAL:
                 continue
             if received:
                 os._exit(EXIT_SIGINT)
@@ -241,7 +241,7 @@ def stop_on_signals(engine: Engine) -> Iterator[list[int]]:
             engine.cancel()
 
     watcher = threading.Thread(target=watch, daemon=True)
-    old = {number: signal.signal(number, lambda *_: None) for number in _EXIT_OF_SIGNAL}
+    old = {number: signal.signal(number, lambda *_: None) for number in EXIT_OF_SIGNAL}
     old_fd = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
     watcher.start()
     try:
