@@ -17,6 +17,7 @@ from codegen.pool import Pool
 from mlacli.cache import Cache
 from mlacli.context import ContextPlan, plan_context
 from mlacli.errors import UsageError
+from mlacli.fit import check_plan
 from mlacli.gguf.reader import GGUFFile, open_gguf
 from mlacli.graph.node import Dim, Node
 from mlacli.graph.program import Memory, Program
@@ -88,6 +89,7 @@ class Engine:
         )
         integer = model.weights.v_b(0).fmt.is_quantised
         self.chooser = chooser(settings, model.config, profile, integer=integer)
+        check_plan(self.plan)
         self.n_ctx = self.plan.n_ctx
         self.cache = Cache(self.plan.layout, huge=settings.thp)
         self.pool = pool or Pool(jit, max(settings.n_threads, settings.n_threads_batch))
