@@ -33,10 +33,12 @@ def weights_with(tiny_model: TinyModel) -> Callable[..., Weights]:
     def make(**types: str) -> Weights:
         path = tiny_model("tiny-v3", "F32", "split", sparse=True, **GEOMETRY)
         file = open_gguf(path)
+        tensors = dict(file.tensors)
         for part, type_name in types.items():
             name = f"blk.1.{part}.weight"
             number = WEIGHT_FORMATS[type_name].ggml_type
-            file.tensors[name] = replace(file.tensors[name], ggml_type=number, type_name=type_name)
+            tensors[name] = replace(tensors[name], ggml_type=number, type_name=type_name)
+        file = replace(file, tensors=tensors)
         return Weights(file, read_config(file))
 
     return make
@@ -81,7 +83,7 @@ def test_gate_and_up_must_meet_the_same_activations(
 # -- K-quants end to end ------------------------------------------------------------------------
 
 
-def errors(path: Path, **flags: object) -> NDArray[np.float64]:
+def errors(path: Path, **flags: Any) -> NDArray[np.float64]:
     """Per-token NMSE against f64 on the decoded weights, with the experts that the engine chose."""
     flags |= {"type_k": "f32", "type_v": "f32", "n_ubatch": 32, "keep_experts": True}
     engine = make_engine(path, n_ctx=128, mla_threshold=20, **flags)
