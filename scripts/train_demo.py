@@ -134,10 +134,11 @@ def question_tokens(tokenizer: Tokenizer, text: DemoText, chance: random.Random)
     return np.array(tokens, dtype=np.int32)
 
 
-def batches(tokenizer: Tokenizer, text: DemoText, size: int, seed: int) -> Iterator[Tokens]:
+def batches(
+    tokenizer: Tokenizer, code: Tokens, text: DemoText, size: int, seed: int
+) -> Iterator[Tokens]:
     """Endless (size, WINDOW + 1) tokens: windows anywhere in the code, and questions in turn."""
     chance = random.Random(seed)
-    code = code_tokens(tokenizer, text.sources)
     questions, position = question_tokens(tokenizer, text, chance), 0
     while True:
         rows = []
@@ -212,8 +213,7 @@ def train(model: Any, rows: Iterator[Tokens], minutes: float, out: Path) -> None
     started, n_tokens, mean_loss, line = time.monotonic(), 0, math.nan, ""
     model.train()
     for step, tokens in enumerate(rows):
-        seconds = time.monotonic() - started
-        progress = seconds / 60 / minutes
+        progress = (time.monotonic() - started) / 60 / minutes
         if progress >= 1:
             break
         for group in optimizer.param_groups:
@@ -222,8 +222,8 @@ def train(model: Any, rows: Iterator[Tokens], minutes: float, out: Path) -> None
         balance_experts(loads)
         mean_loss = loss if step == 0 else LOSS_MEMORY * mean_loss + (1 - LOSS_MEMORY) * loss
         n_tokens += tokens.shape[0] * WINDOW
-        line = f"{step + 1} steps, {seconds:.0f} s, {n_tokens / 1e6:.2f} M tokens"
-        line += f", loss {mean_loss:.3f}, {load_range(loads)}"
+        line = f"{step + 1} steps, {time.monotonic() - started:.0f} s, "
+        line += f"{n_tokens / 1e6:.2f} M tokens, loss {mean_loss:.3f}, {load_range(loads)}"
         if (step + 1) % REPORT_EVERY == 0:
             print(line, flush=True)
         if (step + 1) % SAVE_EVERY == 0:
@@ -282,7 +282,8 @@ def evaluate(out: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(out)
     held_out = (out / "heldout.txt").read_text(encoding="utf-8")
-    value, error, chunks = perplexity(model, tokenizer.encode(held_out, add_special_tokens=False))
+    tokens = tokenizer.encode(held_out, add_special_tokens=False, verbose=False)
+    value, error, chunks = perplexity(model, tokens)
     print(f"Held-out perplexity over {chunks} chunks of {WINDOW}: {value:.4f} +/- {error:.4f}")
     for prompt in PROMPTS:
         message = [{"role": "user", "content": prompt}]
@@ -332,7 +333,9 @@ def main() -> None:
     model = DeepseekV3ForCausalLM(model_config(tokenizer))
     print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters", flush=True)
 
-    train(model, batches(tokenizer, text, given.batch, given.seed), given.minutes, given.out)
+    code = code_tokens(tokenizer, text.sources)
+    rows = batches(tokenizer, code, text, given.batch, given.seed)
+    train(model, rows, given.minutes, given.out)
     save_model(model, given.out)
     evaluate(given.out)
     vocabulary, converted = given.out / "tokenizer.gguf", given.out / "demo-F32.gguf"
