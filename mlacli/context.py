@@ -127,7 +127,7 @@ def plan_context(
     wanted += [(path, path, False) for path in batch_paths[settings.mla]]
     graphs = {}
     for name, path, few in wanted:
-        n_tokens = FEW_TOKENS if few else n_ubatch
+        n_tokens = min(FEW_TOKENS, n_ubatch) if few else n_ubatch
         bounds = {Dim.N_TOKENS: n_tokens, Dim.N_KV: n_ctx, Dim.N_OUT: min(n_out_max, n_tokens)}
         graph = build_graph(config, weights, options(settings, path, n_ctx, few=few), n_tokens)
         verify(graph, KNOWN_OPS)
