@@ -247,6 +247,10 @@ class Kernel:
             condition = self.splat(condition, a.type.lanes)
         return Value(self, self.b.select(condition.ir, a.ir, c.ir), a.type)
 
+    def select_pointer(self, condition: Value, yes: Pointer, no: Pointer) -> Pointer:
+        """One of two addresses."""
+        return Pointer(self, self.b.select(condition.ir, yes.ir, no.ir), yes.elem)
+
     def maximum(self, a: Any, b: Any) -> Value:
         """The larger; `b` when either is NaN."""
         a, b = self._pair(a, b, "maximum")

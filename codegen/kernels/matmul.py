@@ -11,11 +11,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from codegen.dtypes import f32, u8
+from codegen.dtypes import DType, f32, u8
 from codegen.formats import BlockFormat
 from codegen.kernel import dim, kernel, ptr
 from codegen.kernels.panel import decode_panel, multiply_panel, panel_rows
-from codegen.kernels.rowdot import row_dot
+from codegen.kernels.rowdot import Stream, few_dots, group_size
 from codegen.values import Pointer, Value
 
 if TYPE_CHECKING:
@@ -52,21 +52,22 @@ def matvec(
     fmt: BlockFormat,
 ) -> None:
     """y[t, h, r] = w[h, r] . x[t, h] (+ residual), each row streamed once per token."""
-    s, pitch = shape, fmt.row_bytes(shape.n_cols)
+    s, n, pitch = shape, k.target.lanes, fmt.row_bytes(shape.n_cols)
     per_head = -(-s.n_rows // ROWS_PER_TILE)
     with k.tiles(per_head * s.n_heads) as tile:
-        head, part = tile // per_head, tile % per_head
-        first = part * ROWS_PER_TILE
-        last = k.minimum(first + ROWS_PER_TILE, s.n_rows)
-        with k.loop(0, n_tokens) as t:
-            x_row = x.bytes(t * s.x_token + head * s.x_head)
-            out = t * s.y_token + head * s.y_head
-            with k.loop(first, last) as r:
-                row = w.bytes(head * s.w_pitch + r * pitch)
-                total = row_dot(k, fmt, row, x_row, s.n_cols)
+        head, start = tile // per_head, tile % per_head * ROWS_PER_TILE
+        matrix, x_rows = w.bytes(head * s.w_pitch), x.bytes(head * s.x_head)
+        with k.loop(start, k.minimum(start + ROWS_PER_TILE, s.n_rows), n) as first:
+            count = group_size(k, first, s.n_rows)
+            rows = Stream(matrix.bytes(first * pitch), count, matrix.bytes((first + n) * pitch))
+
+            def store(t: Value, total: Value, first: Value = first) -> None:
+                at = t * s.y_token + head * s.y_head + first
                 if s.residual:
-                    total = total + residual[out + r]
-                y[out + r] = total
+                    total = total + load_rows(k, residual.at(at), total.type, first, s.n_rows)
+                store_rows(k, y.at(at), total, first, s.n_rows)
+
+            few_dots(k, fmt, rows, x_rows, n_tokens, store, s.n_cols, s.x_token)
 
 
 @kernel(y=ptr(f32), w=ptr(u8), x=ptr(u8), residual=ptr(f32), scratch=ptr(u8), n_tokens=dim())
@@ -95,23 +96,23 @@ def matmul(
         def store(t: Value, total: Value) -> None:
             at = t * s.y_token + head * s.y_head + first
             if s.residual:
-                total = total + load_rows(k, residual.at(at), first, s.n_rows)
+                total = total + load_rows(k, residual.at(at), total.type, first, s.n_rows)
             store_rows(k, y.at(at), total, first, s.n_rows)
 
         x_rows = x.bytes(head * s.x_head)
         multiply_panel(k, fmt, panel, x_rows, n_tokens, store, n_cols=s.n_cols, x_pitch=s.x_token)
 
 
-def load_rows(k: Kernel, p: Pointer, first: Value, n_rows: int) -> Value:
-    """A panel's worth of f32, only as far as there are rows."""
-    n = panel_rows(k.target)
-    if n_rows % n == 0:
-        return p.load(f32 * n)
-    return k.load_part(p, f32 * n, k.minimum(n_rows - first, n))
+def load_rows(k: Kernel, p: Pointer, t: DType, first: Value, n_rows: int) -> Value:
+    """f32 values for a panel's or a group's rows, only as far as there are rows."""
+    if n_rows % t.lanes == 0:
+        return p.load(t)
+    return k.load_part(p, t, k.minimum(n_rows - first, t.lanes))
 
 
 def store_rows(k: Kernel, p: Pointer, value: Value, first: Value, n_rows: int) -> None:
-    n = panel_rows(k.target)
+    """Store sums of a panel's or a group's rows, only as far as there are rows."""
+    n = value.type.lanes
     if n_rows % n == 0:
         p.store(value)
     else:

@@ -10,23 +10,20 @@ in tiles; each activation is broadcast once for both halves, and a tile's sums s
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from codegen.dtypes import bf16, f16, f32, i8, i32, i64, u8, u16, u32
+from codegen.dtypes import bf16, f16, f32, i8, i32, i64, u16
 from codegen.formats import BlockFormat
 from codegen.kernels.blocks import BLOCK, load_block
-from codegen.kernels.rowdot import code_table, join
+from codegen.kernels.interleave import COLUMNS, GROUPS, code_groups, interleave, turn
+from codegen.kernels.rowdot import Store
 from codegen.targets.base import Target
 from codegen.values import Pointer, Value, Var
-from codegen.vecmath import transpose4
 
 if TYPE_CHECKING:
     from codegen.builder import Kernel
 
 HALVES = 2
-GROUPS = BLOCK // 4  # dot products of 4 columns in a block
-Store = Callable[[Value, Value], None]  # (token, sums of the panel's rows for it)
 
 
 def panel_rows(target: Target) -> int:
@@ -79,41 +76,19 @@ def decode_panel(
         _convert_scales(k, panel, n_cols)
 
 
-def _interleave(k: Kernel, rows: list[Pointer], offset: Any) -> list[Value]:
-    """16 bytes of every row -> 4 vectors of u32; vector j has dword j of row i in lane i."""
-    return _turn(k, [row.bytes(offset, u32).load(u32 * 4) for row in rows])
-
-
-def _turn(k: Kernel, fours: list[Value]) -> list[Value]:
-    """4 lanes of every row -> 4 vectors; vector j has lane j of row i in lane i."""
-    n = k.target.lanes
-    return transpose4(k, [join(k, [fours[g + i] for g in range(0, n, 4)]) for i in range(4)])
-
-
 def _decode_codes(
     k: Kernel, fmt: BlockFormat, rows: list[Pointer], panel: Pointer, half: Value, n_cols: int
 ) -> None:
-    n, bias, all_rows = k.target.lanes, k.target.weight_bias, panel_rows(k.target)
-    at, d = fmt.field_offset("qs"), fmt.field_offset("d")
+    n, all_rows = k.target.lanes, panel_rows(k.target)
     copies = _scale_copies(k, panel, n_cols).at(half * n)
     with k.loop(0, n_cols // BLOCK) as b:
-        block = [row.bytes(b * fmt.block_bytes) for row in rows]
-        out = panel.bytes(b * (BLOCK * all_rows), u32).at(half * n)
-        first = _interleave(k, block, at)
-        if fmt.table or fmt.offset:
-            table = code_table(fmt, bias)
-            shifted = [v >> shift for shift in (0, 4) for v in first]
-            groups = [
-                k.target.lookup16(k, table, v.bits_as(u8 * (4 * n)) & 15).bits_as(u32 * n)
-                for v in shifted
-            ]
-        else:
-            flip = 0x80808080 if bias else 0
-            groups = [v ^ flip for v in first + _interleave(k, block, at + 16)]
-        for g, codes in enumerate(groups):
-            out.at(g * all_rows).store(codes)
-        for i, p in enumerate(block):
-            copies.at(b * all_rows)[i] = p.bytes(d, u16).load()
+        blocks = [row.bytes(b * fmt.block_bytes) for row in rows]
+        out = panel.bytes(b * (BLOCK * all_rows), k.target.weight_type).at(half * (COLUMNS * n))
+        for g, codes in enumerate(code_groups(k, fmt, blocks)):
+            out.at(g * (COLUMNS * all_rows)).store(codes)
+        for i, block in enumerate(blocks):
+            d = block.bytes(fmt.field_offset("d"), u16)
+            copies.at(b * all_rows)[i] = d.load()
 
 
 def _scale_copies(k: Kernel, panel: Pointer, n_cols: int) -> Pointer:
@@ -142,7 +117,7 @@ def _decode_floats(
     out = panel.cast(f32).at(half * n)
     with k.loop(0, n_cols // per_chunk) as c:
         values = []
-        for v in _interleave(k, rows, c * 16):
+        for v in interleave(k, rows, c * 16):
             if source == f32:
                 values.append(v.bits_as(f32 * n))
             else:
@@ -163,7 +138,7 @@ def _decode_blocks(
         for column in range(0, BLOCK, 4):
             part, lane = divmod(column, n)
             fours = [block[part].lanes(lane, lane + 4) for block in blocks]
-            for j, value in enumerate(_turn(k, fours)):
+            for j, value in enumerate(turn(k, fours)):
                 out.at((b * BLOCK + column + j) * all_rows).store(value)
 
 

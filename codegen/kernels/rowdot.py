@@ -1,169 +1,207 @@
-"""Matrix times few vectors: one weight row after another, streamed at memory speed.
+"""Matrix times few vectors: weight rows are streamed at memory speed, and each is decoded once.
 
-The dot of a quantised row runs over chunks of up to 8 blocks: the chunk's scales are gathered into
-one vector and multiplied by the activations' scales there, so that each integer dot costs one
-conversion, one lane spread and one multiply-add.
+Rows come in groups of as many as a register has lanes. Codes are turned so that lane = row
+(interleave.py) and meet the activations at once; sums are added up in the same order as those of
+panel.py, so that a token's result does not depend on how many there are. Float rows are read one
+by one, each with a register of sums of its own, and these are added up for a whole group.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from codegen.dtypes import f16, f32, i8, i32, i64, u8, u16, u32, u64
+from codegen.dtypes import f16, f32, i8, i32, i64, u16
 from codegen.formats import BlockFormat
 from codegen.kernels.blocks import BLOCK, load_block
-from codegen.values import Pointer, Value, Var
+from codegen.kernels.interleave import COLUMNS, code_groups
+from codegen.values import Pointer, Value
+from codegen.vecmath import transpose_sum
 
 if TYPE_CHECKING:
     from codegen.builder import Kernel
 
-CHUNK = 8  # blocks whose scales are gathered together
-PREFETCH_BYTES = 2048
+CHAINS = 2
+TOGETHER = 8  # tokens that share what it takes to decode
+AHEAD_BYTES = 4096  # float rows: how far memory is asked for before it is used
+LEAD = 8  # codes: blocks between the copy of a scale and its use
+L2 = 2  # prefetch into the second-level cache
+Store = Callable[[Value, Value], None]  # (token, sums of some rows for it)
 
 
-def row_dot(k: Kernel, fmt: BlockFormat, row: Pointer, x: Pointer, n_cols: int) -> Value:
-    """sum_j row[j] * x[j] as an f32 scalar.
+@dataclass(frozen=True)
+class Stream:
+    """A group of rows, and the address of the group that is read after it."""
 
-    `row` points to a weight row in `fmt`; `x` to f32 values for float formats, else to an a8 row.
-    """
-    if not fmt.is_quantised:
-        return _float_dot(k, fmt, row, x, n_cols)
-    n_blocks = n_cols // BLOCK
-    acc = k.var(k.zeros(f32 * k.target.lanes))
-    whole = n_blocks // CHUNK * CHUNK
-    if whole:
-        with k.loop(0, whole, CHUNK) as b:
-            chunk = row.bytes(b * fmt.block_bytes)
-            for line in range(0, CHUNK * fmt.block_bytes, k.target.cache_line):
-                k.prefetch(chunk.bytes(PREFETCH_BYTES + line))
-            _chunk_dot(k, fmt, chunk, _Codes(x, b, n_blocks), CHUNK, acc)
-    if n_blocks - whole:
-        chunk = row.bytes(whole * fmt.block_bytes)
-        _chunk_dot(
-            k, fmt, chunk, _Codes(x, k.const(whole, i64), n_blocks), n_blocks - whole, acc
-        )
-    return acc.get().sum()
+    first: Pointer
+    n_rows: Value | int  # 1 .. lanes
+    following: Pointer
+
+    def at_most(self, k: Kernel, i: int) -> Value | int:
+        """Row i, or the last one for those behind it."""
+        return i if isinstance(self.n_rows, int) else k.minimum(i, self.n_rows - 1)
 
 
-def _float_dot(k: Kernel, fmt: BlockFormat, row: Pointer, x: Pointer, n_cols: int) -> Value:
+def group_size(k: Kernel, first: Value, n_rows: int) -> Value | int:
+    """How many of a group's rows there are, from row `first` on."""
     n = k.target.lanes
-    parts = BLOCK // n
-    accs = [k.var(k.zeros(f32 * n)) for _ in range(parts)]
-    with k.loop(0, n_cols // BLOCK) as b:
-        k.prefetch(row.bytes(b * (BLOCK * fmt.block_bytes) + PREFETCH_BYTES))
-        values = load_block(k, fmt, row, b)
-        codes = x.cast(f32).at(b * BLOCK)
-        for i, (acc, w) in enumerate(zip(accs, values, strict=True)):
-            acc += w * codes.at(i * n).load(f32 * n)
-    total = accs[0].get()
-    for acc in accs[1:]:
-        total = total + acc.get()
-    return total.sum()
+    return k.minimum(n_rows - first, n) if n_rows % n else n
 
 
-class _Codes:
-    """Where a chunk's activations are: codes, scales and sums of an a8 row, from block `b` on."""
+@dataclass(frozen=True)
+class Inputs:
+    """Activation rows: a8 for formats with an integer dot, else f32."""
 
-    def __init__(self, row: Pointer, b: Value, n_blocks: int) -> None:
-        self.codes = row.bytes(b * BLOCK, i8)
-        self.scales = row.bytes(n_blocks * BLOCK, f32).at(b)
-        self.sums = row.bytes(n_blocks * (BLOCK + 4), i32).at(b)
+    first: Pointer
+    count: Value | int  # 1 .. TOGETHER
+    pitch: int
+    n_cols: int
+
+    def row(self, t: Value) -> Pointer:
+        return self.first.bytes(t * self.pitch)
 
 
-def _chunk_dot(
-    k: Kernel, fmt: BlockFormat, chunk: Pointer, x: _Codes, n_blocks: int, acc: Var
+def few_dots(
+    k: Kernel,
+    fmt: BlockFormat,
+    rows: Stream,
+    x: Pointer,
+    n_tokens: Value | int,
+    store: Store,
+    n_cols: int,
+    x_pitch: int,
 ) -> None:
-    """acc += sum over the chunk's blocks of d_w * d_x * dot(codes, codes)."""
-    n, width = k.target.lanes, 4 * k.target.lanes
-    scales = _gather_scales(k, fmt, chunk, n_blocks) * _load_up_to(k, x.scales, n_blocks)
-    for first in range(0, n_blocks * BLOCK, width):
-        codes = x.codes.at(first).load(i8 * width)
-        weights = weight_codes(k, fmt, chunk, first, width, n_blocks)
-        dot = k.dot_i8(k.zeros(i32 * n), weights, codes)
-        # Lane j of the dot belongs to the block of code first + 4 j; behind the end: scale 0.
-        blocks = [min((first + 4 * j) // BLOCK, n_blocks) for j in range(n)]
-        acc += dot.to(f32) * _spread(k, scales, blocks, n_blocks)
-    if k.target.weight_bias:
-        sums = _load_up_to(k, x.sums, n_blocks).to(f32) * scales
-        for start in range(0, CHUNK, min(n, CHUNK)):
-            part = sums.lanes(start, start + min(n, CHUNK))
-            if n > CHUNK:
-                part = k.concat(part, k.zeros(part.type))
-            acc += part
+    """For each token t: store(t, the sums over j of row[j] * x[t][j], one lane per row).
+
+    Lanes from n_rows on hold anything.
+    """
+    multiply = _code_dots if fmt.integer_dot else _float_dots
+    if n_tokens == 1:
+        zero = k.const(0, i64)
+        store(zero, multiply(k, fmt, rows, Inputs(x, 1, x_pitch, n_cols))(zero))
+        return
+    with k.loop(0, n_tokens, TOGETHER) as first:
+        count = k.minimum(n_tokens - first, TOGETHER)
+        inputs = Inputs(x.bytes(first * x_pitch), count, x_pitch, n_cols)
+        sums = multiply(k, fmt, rows, inputs)
+        with k.loop(0, count) as t:
+            store(first + t, sums(t))
 
 
-def _spread(k: Kernel, scales: Value, blocks: list[int], n_blocks: int) -> Value:
-    zero = k.zeros(scales.type)
-    picked = [CHUNK if block >= n_blocks else block for block in blocks]
-    return k.shuffle(scales, zero, picked)
-
-
-def _gather_scales(k: Kernel, fmt: BlockFormat, chunk: Pointer, n_blocks: int) -> Value:
-    """d of the chunk's blocks as f32, zero behind the last; joined in integer registers."""
-    at = fmt.field_offset("d")
-    words = []
-    for start in range(0, CHUNK, 4):
-        word = k.const(0, u64)
-        for i in range(start, min(start + 4, n_blocks)):
-            half = chunk.bytes(i * fmt.block_bytes + at, u16).load().to(u64)
-            word = word | (half << (16 * (i - start)))
-        words.append(word)
-    both = k.zeros(u64 * 2)
-    for i, word in enumerate(words):
-        both = k.insert(both, word, i)
-    return both.bits_as(f16 * CHUNK).to(f32)
-
-
-def _load_up_to(k: Kernel, p: Pointer, n_blocks: int) -> Value:
-    if n_blocks == CHUNK:
-        return p.load(p.elem * CHUNK)
-    return k.load_part(p, p.elem * CHUNK, k.const(n_blocks, i64))
-
-
-def weight_codes(
-    k: Kernel, fmt: BlockFormat, chunk: Pointer, first: int, width: int, n_blocks: int
-) -> Value:
-    """Codes first .. first + width - 1 of a chunk, as dot_i8 wants them; 0 behind the end."""
-    bias = k.target.weight_bias
-    if fmt.table or fmt.offset:
-        index = _nibble_index(k, fmt, chunk, first, width, n_blocks)
-        codes = k.target.lookup16(k, code_table(fmt, bias), index)
+def _each(k: Kernel, count: Value | int, do: Callable[[Value], None]) -> None:
+    """do(0), do(1), ...: without a loop if there is just one."""
+    if count == 1:
+        do(k.const(0, i64))
     else:
-        pieces = []
-        for start in range(first, first + width, min(BLOCK, width)):
-            block, inside = divmod(start, BLOCK)
-            at = chunk.bytes(block * fmt.block_bytes + fmt.field_offset("qs") + inside, u8)
-            size = min(BLOCK, width)
-            pieces.append(at.load(u8 * size) if block < n_blocks else k.zeros(u8 * size))
-        codes = join(k, pieces)
-        if bias:
-            codes = codes ^ 0x80
-    return codes.bits_as(k.target.weight_type * width)
+        with k.loop(0, count) as t:
+            do(t)
 
 
-def code_table(fmt: BlockFormat, bias: int) -> tuple[int, ...]:
-    """The 16 values of a 4-bit format, plus the bias the target's dot product wants."""
-    return tuple(v + bias for v in (fmt.table or range(fmt.offset, fmt.offset + 16)))
+# -- codes ----------------------------------------------------------------------------------------
 
 
-def _nibble_index(
-    k: Kernel, fmt: BlockFormat, chunk: Pointer, first: int, width: int, n_blocks: int
-) -> Value:
-    """4-bit indices in value order: 16 low nibbles of a block, then its 16 high ones."""
-    pieces, shifts = [], []
-    for start in range(first, first + width, 16):
-        block, inside = divmod(start, BLOCK)
-        at = chunk.bytes(block * fmt.block_bytes + fmt.field_offset("qs"), u8)
-        pieces.append(at.load(u8 * 16) if block < n_blocks else k.zeros(u8 * 16))
-        shifts += [4 if inside else 0] * 4
-    packed = join(k, pieces).bits_as(u32 * (width // 4))
-    return (packed >> k.vector(shifts, u32)).bits_as(u8 * width) & 15
+def _code_dots(k: Kernel, fmt: BlockFormat, rows: Stream, x: Inputs) -> Callable[[Value], Value]:
+    """Multiplies a group with all tokens; returns what gives the sums of one of them."""
+    n, pitch, n_blocks = k.target.lanes, fmt.row_bytes(x.n_cols), x.n_cols // BLOCK
+    totals = k.stack(f32 * n, 1 if x.count == 1 else TOGETHER).at(0, f32)
+    # Scales go through the stack, some time before they are used: inserting 16 bits into a register
+    # costs more than the codes, and a load must not follow the stores it takes from too closely.
+    scales = k.stack(u16 * n, n_blocks + LEAD).at(0, u16)
+    starts = [rows.first.bytes(rows.at_most(k, i) * pitch) for i in range(n)]
+
+    def copy_scales(to: Value, b: Value) -> None:
+        for i, row in enumerate(starts):
+            d = row.bytes(fmt.field_offset("d"), u16).bytes(b * fmt.block_bytes)
+            scales.at(to * n)[i] = d.load()
+
+    _each(k, x.count, lambda t: totals.at(t * n).store(k.zeros(f32 * n)))
+    with k.loop(0, min(LEAD, n_blocks)) as b:
+        copy_scales(b, b)
+    with k.loop(0, n_blocks) as b:
+        copy_scales(b + LEAD, k.minimum(b + LEAD, n_blocks - 1))
+        for line in range(0, n * fmt.block_bytes, k.target.cache_line):
+            k.prefetch(rows.following.bytes(b * (n * fmt.block_bytes)).bytes(line), L2)
+        groups = code_groups(k, fmt, [row.bytes(b * fmt.block_bytes) for row in starts])
+        scale = scales.at(b * n).load(u16 * n).bits_as(f16 * n).to(f32)
+
+        def meet(t: Value) -> None:
+            place, x_row = totals.at(t * n), x.row(t)
+            dot, x_scale = block_dot(k, groups, x_row, b, n_blocks)
+            place.store(place.load(f32 * n) + dot.to(f32) * (scale * x_scale))
+
+        _each(k, x.count, meet)
+    return lambda t: totals.at(t * n).load(f32 * n)
 
 
-def join(k: Kernel, pieces: list[Value]) -> Value:
-    """Concatenate a power of two of vectors."""
-    while len(pieces) > 1:
-        pieces = [k.concat(a, b) for a, b in zip(pieces[::2], pieces[1::2], strict=True)]
-    return pieces[0]
+def block_dot(
+    k: Kernel, groups: list[Value], x: Pointer, b: Value, n_blocks: int
+) -> tuple[Value, Value]:
+    """(exact dot of each row's block b with the token's, the token's scale)."""
+    n, codes = k.target.lanes, x.bytes(b * BLOCK, i32)
+    parts = [k.zeros(i32 * n)] * CHAINS
+    if k.target.weight_bias:
+        parts[0] = k.splat(x.bytes(n_blocks * (BLOCK + 4), i32).at(b).load(), n)
+    for g, weights in enumerate(groups):
+        spread = k.splat(codes.bytes(COLUMNS * g).load(), n).bits_as(i8 * (COLUMNS * n))
+        parts[g % CHAINS] = k.dot_i8(parts[g % CHAINS], weights, spread)
+    dot = parts[0]
+    for part in parts[1:]:
+        dot = dot + part
+    return dot, x.bytes(n_blocks * BLOCK, f32).at(b).load()
 
 
+# -- floats ---------------------------------------------------------------------------------------
+
+
+def _float_dots(k: Kernel, fmt: BlockFormat, rows: Stream, x: Inputs) -> Callable[[Value], Value]:
+    """The same for rows that are decoded to f32."""
+    n, pitch = k.target.lanes, fmt.row_bytes(x.n_cols)
+    parked = k.stack(f32 * n, n * (1 if x.count == 1 else TOGETHER)).at(0, f32)
+    ahead_rows = min(n, -(-AHEAD_BYTES // pitch))
+    with k.loop(0, rows.n_rows) as i:
+        behind = i + ahead_rows - rows.n_rows
+        within = rows.first.bytes((i + ahead_rows) * pitch)
+        ahead = k.select_pointer(behind < 0, within, rows.following.bytes(behind * pitch))
+        _row_dot(k, fmt, rows.first.bytes(i * pitch), ahead, x, parked.at(i * n))
+
+    def sums(t: Value) -> Value:
+        at = parked.at(t * (n * n))
+        return transpose_sum(k, [at.at(i * n).load(f32 * n) for i in range(n)])
+
+    return sums
+
+
+def _row_dot(
+    k: Kernel, fmt: BlockFormat, row: Pointer, ahead: Pointer, x: Inputs, totals: Pointer
+) -> None:
+    """totals[t * lanes^2:] = sums of row[j] * x[t][j], a register each, not yet added up."""
+    n, n_blocks = k.target.lanes, x.n_cols // BLOCK
+    size, block_bytes = 8 * n // BLOCK, fmt.block_bytes * BLOCK // fmt.size
+    _each(k, x.count, lambda t: totals.at(t * (n * n)).store(k.zeros(f32 * n)))
+
+    def part(b: Value, count: int) -> None:
+        for line in range(0, count * block_bytes, k.target.cache_line):
+            k.prefetch(ahead.bytes(b * block_bytes).bytes(line))
+        weights = [v for i in range(count) for v in load_block(k, fmt, row, b + i)]
+
+        def meet(t: Value) -> None:
+            place, at = totals.at(t * (n * n)), x.row(t).cast(f32).at(b * BLOCK)
+            products = [w * at.at(i * n).load(f32 * n) for i, w in enumerate(weights)]
+            place.store(place.load(f32 * n) + _add_up(products))
+
+        _each(k, x.count, meet)
+
+    whole = n_blocks // size * size
+    with k.loop(0, whole, size) as b:
+        part(b, size)
+    if n_blocks - whole:
+        part(k.const(whole, i64), n_blocks - whole)
+
+
+def _add_up(values: list[Value]) -> Value:
+    """Sum as a tree: a chain of additions would be waited for."""
+    while len(values) > 1:
+        pairs = zip(values[0::2], values[1::2], strict=False)
+        values = [a + b for a, b in pairs] + values[len(values) & ~1 :]
+    return values[0]

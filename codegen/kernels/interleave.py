@@ -1,0 +1,52 @@
+"""Blocks of several weight rows turned so that a register holds the same columns of all of them.
+
+Lane = row: a broadcast activation then meets all rows at once, and no sum runs across lanes.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from codegen.dtypes import u8, u32
+from codegen.formats import BlockFormat
+from codegen.kernels.blocks import BLOCK
+from codegen.values import Pointer, Value
+from codegen.vecmath import transpose4
+
+if TYPE_CHECKING:
+    from codegen.builder import Kernel
+
+COLUMNS = 4  # columns of one integer dot product
+GROUPS = BLOCK // COLUMNS
+
+
+def interleave(k: Kernel, rows: list[Pointer], offset: Any) -> list[Value]:
+    """16 bytes of every row -> 4 vectors of u32; vector j has dword j of row i in lane i."""
+    return turn(k, [row.bytes(offset, u32).load(u32 * 4) for row in rows])
+
+
+def turn(k: Kernel, fours: list[Value]) -> list[Value]:
+    """4 lanes of every row -> 4 vectors; vector j has lane j of row i in lane i."""
+    n = k.target.lanes
+    return transpose4(k, [join(k, [fours[g + i] for g in range(0, n, 4)]) for i in range(4)])
+
+
+def join(k: Kernel, pieces: list[Value]) -> Value:
+    """Concatenate a power of two of vectors."""
+    while len(pieces) > 1:
+        pieces = [k.concat(a, b) for a, b in zip(pieces[::2], pieces[1::2], strict=True)]
+    return pieces[0]
+
+
+def code_groups(k: Kernel, fmt: BlockFormat, blocks: list[Pointer]) -> list[Value]:
+    """One block of every row -> a vector of codes per 4 columns, as `dot_i8` wants them."""
+    n, bias, at = k.target.lanes, k.target.weight_bias, fmt.field_offset("qs")
+    first = interleave(k, blocks, at)
+    if fmt.table or fmt.offset:
+        table = tuple(v + bias for v in (fmt.table or range(fmt.offset, fmt.offset + 16)))
+        nibbles = [(v >> shift).bits_as(u8 * (4 * n)) & 15 for shift in (0, 4) for v in first]
+        groups = [k.target.lookup16(k, table, v) for v in nibbles]
+    else:
+        flip = 0x80808080 if bias else 0
+        groups = [v ^ flip for v in first + interleave(k, blocks, at + 16)]
+    return [v.bits_as(k.target.weight_type * (4 * n)) for v in groups]
