@@ -49,9 +49,10 @@ class Call:
         self._table = np.zeros((1, LAUNCH_WORDS), np.int64)
         self._table[0] = (address, self._args.ctypes.data, 0)
 
-    def run(self, pool: Pool, n_threads: int) -> None:
+    def run(self, pool: Pool, n_threads: int) -> bool:
+        """False when it was cancelled."""
         self._counters[:] = 0
-        pool.run(self._table, n_threads)
+        return pool.run(self._table, n_threads)
 
 
 def aligned_bytes(n: int) -> npt.NDArray[np.uint8]:

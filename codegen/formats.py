@@ -13,12 +13,16 @@ A super-block (K-quants) has a scale, and where there is a `dmin` a minimum, per
 
     value[j] = d * scale[j // groups.size] * code[j] - dmin * minimum[j // groups.size]
 
+Interleaved rows (-rtr) lie in groups: block b of all rows of a group, then block b + 1. Inside,
+every field has the rows side by side: the R numbers d, then dword 0 of every row's qs, dword 1, ...
+A group takes the bytes that its rows took, in the same place.
+
 Sources: ggml-common.h of llama.cpp for the layouts; q6_0 and q8_KV from ik_llama.cpp.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from codegen.dtypes import DType, bf16, f16, f32, i8, i32, u8
@@ -71,6 +75,7 @@ class BlockFormat:
 
     `header` fields stand once at the start of each row (q8_KV), `fields` once per block. Weights
     with `integer_dot` meet activations in 8 bits (a8), all others are decoded and meet f32.
+    `interleaved` is the number of rows in a group, 0 for rows that lie one after another.
     """
 
     name: str
@@ -83,6 +88,7 @@ class BlockFormat:
     high_bits: int = 0
     groups: Groups | None = None
     integer_dot: bool = False
+    interleaved: int = 0
 
     @property
     def block_bytes(self) -> int:
@@ -177,3 +183,10 @@ def transposed_type(fmt: BlockFormat) -> DType:
     """Numbers of a transposed copy of such rows: blocks do not go along columns, and f16 is
     enough for all but f32 rows, which are asked for to be exact."""
     return f32 if fmt is F32 else f16
+
+
+def interleave(fmt: BlockFormat, rows: int) -> BlockFormat:
+    """Such rows in groups of `rows`. Raises ValueError for a format without an integer dot."""
+    if not fmt.integer_dot or fmt.interleaved:
+        raise ValueError(f"{fmt.name}: rows cannot be interleaved")
+    return replace(fmt, name=f"{fmt.name}_R{rows}", interleaved=rows)

@@ -34,7 +34,7 @@ class EngineRunner:
     _jit: Jit | None = None
     _pool: Pool | None = None
     _engine: tuple[RunSettings, Engine] | None = None
-    _models: dict[tuple[Path, bool, bool], Model] = field(default_factory=dict)
+    _models: dict[tuple[Path, bool, bool, bool], Model] = field(default_factory=dict)
 
     def __call__(self, case: BenchCase) -> BenchResult:
         """Run a case. Raises MlaError, and Interrupted on Ctrl-C."""
@@ -90,7 +90,8 @@ class EngineRunner:
             if self._pool is not None:
                 self._pool.close()
             self._pool = Pool(self._jit, n_threads)
-        opened = (settings.model, settings.mmap, settings.thp)
+        # A model keeps its -rtr copies: it is opened anew, without them, when -rtr changes.
+        opened = (settings.model, settings.mmap, settings.thp, settings.rtr)
         if opened not in self._models:
             self._models.clear()
             model = load_model(settings.model, mmap=settings.mmap, huge=settings.thp)

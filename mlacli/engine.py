@@ -25,6 +25,7 @@ from mlacli.memory import allocate, copy_of
 from mlacli.model.choose import FEW_TOKENS, MachineProfile, chooser
 from mlacli.model.config import ModelConfig, read_config
 from mlacli.model.inventory import check_tensors
+from mlacli.model.repack import Progress, repack
 from mlacli.model.weights import Weights
 from mlacli.settings import RunSettings
 
@@ -186,9 +187,19 @@ class Engine:
 
     # -- programs -----------------------------------------------------------------------------
 
+    def repack(self, progress: Progress | None = None) -> None:
+        """With -rtr, copy the weights that are interleaved, if that has not been done: programs
+        need them. `progress` is told (bytes done, bytes in all). Raises SpaceError, Cancelled."""
+        weights, huge = self.model.weights, self.settings.thp
+        wanted = self.plan.derived()
+        if not repack(weights, wanted, self._jit, self.pool, huge=huge, progress=progress):
+            self.pool.clear_cancel()
+            raise Cancelled
+
     def program(self, name: str) -> Program:
         """One of the context's programs, compiled on first use."""
         if name not in self._programs:
+            self.repack()
             planned = self.plan.graphs[name]
             dims = {d: self._dims.ctypes.data + 8 * i for i, d in enumerate(Dim)}
             memory = Memory(self._arena.ctypes.data, self._outside, dims)

@@ -78,7 +78,7 @@ def measure_peaks(jit: Jit, pool: Pool, n_threads: int, *, read_bytes: int = _RE
     return Peaks(n_threads, rates["int8"], rates["bf16"], rates["f32"], data.nbytes / seconds)
 
 
-def best_of(run: Callable[[], None], times: int) -> float:
+def best_of(run: Callable[[], object], times: int) -> float:
     """Shortest of several runs, in seconds."""
     seconds = []
     for _ in range(times):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 from codegen.formats import BlockFormat
 from mlacli.context import ContextPlan, PlannedGraph, plan_context
@@ -18,11 +18,19 @@ from mlacli.gguf.problem import printable
 from mlacli.graph.lower import scratch_bytes
 from mlacli.graph.node import Dim
 from mlacli.machine import kept_profile, this_target
-from mlacli.report_format import buffer_lines, cache_names, format_report
+from mlacli.report_format import buffer_lines, cache_names, format_report, repack_notes
 from mlacli.report_work import CostModel, Switching, Work, switching, work_of
 from mlacli.settings import RunSettings
 
-__all__ = ["Report", "buffer_lines", "context_size", "make_report", "report_json", "report_text"]
+__all__ = [
+    "Report",
+    "buffer_lines",
+    "context_size",
+    "make_report",
+    "repack_notes",
+    "report_json",
+    "report_text",
+]
 
 FITS, PAGES, TOO_LARGE = "fits", "weights will page from disk", "does not fit"
 
@@ -81,12 +89,14 @@ class GraphFacts:
 
 @dataclass(frozen=True)
 class DerivedWeights:
-    """Weights that the file lacks, or repacked ones: anonymous memory, made at load."""
+    """Weights that the file lacks, or copies with interleaved rows (-rtr): anonymous memory, made
+    at load."""
 
     name: str
     type: str
     count: int
     nbytes: int
+    is_copy: bool = False
 
 
 @dataclass(frozen=True)
@@ -162,7 +172,7 @@ def make_report(settings: RunSettings, available: int | None = None) -> Report:
         switching=switching(config, settings, cost, settings.mla),
         memory=_memory_facts(model, plan, settings, available),
         buffer_lines=tuple(buffer_lines(plan, settings)),
-        notes=tuple(notes),
+        notes=(*notes, *repack_notes(plan, settings)),
     )
 
 
@@ -226,18 +236,19 @@ def _derived(plan: ContextPlan) -> tuple[DerivedWeights, ...]:
         name = (
             matrix.tensor.split(".", 2)[-1] if matrix.tensor.startswith("blk.") else matrix.tensor
         )
-        seen = found.get((name, matrix.fmt.name), DerivedWeights(name, matrix.fmt.name, 0, 0))
-        found[name, matrix.fmt.name] = DerivedWeights(
-            name, matrix.fmt.name, seen.count + 1, seen.nbytes + matrix.nbytes
-        )
+        kind = (name, matrix.fmt.name)
+        seen = found.get(kind, DerivedWeights(*kind, 0, 0, matrix.is_copy))
+        found[kind] = replace(seen, count=seen.count + 1, nbytes=seen.nbytes + matrix.nbytes)
     return tuple(found.values())
 
 
 def _memory_facts(
     model: Model, plan: ContextPlan, settings: RunSettings, available: int
 ) -> MemoryFacts:
-    """With --no-mmap or --mlock the weights must be had, too."""
+    """With --no-mmap or --mlock the weights must be had, too; what -rtr copies is read once."""
     needed, weights = planned_need(plan).total, model.file.size_bytes
+    if settings.mmap:
+        weights -= sum(matrix.nbytes for matrix in plan.derived() if matrix.is_copy)
     if settings.mlock or not settings.mmap:
         needed, weights = needed + weights, 0
     verdict = TOO_LARGE if needed > available else PAGES if needed + weights > available else FITS

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 _INIT = "llama_init_from_model: "
 _LABEL = 30  # width of the first column
 _NEVER = 2**20  # no batch is as large
+_SHOWN = 3
 
 
 def buffer_lines(plan: ContextPlan, settings: RunSettings) -> list[str]:
@@ -40,6 +41,18 @@ def buffer_lines(plan: ContextPlan, settings: RunSettings) -> list[str]:
         f"{_INIT}graph nodes  = {plan.n_nodes}",
         f"{_INIT}graph splits = 1",
     ]
+
+
+def repack_notes(plan: ContextPlan, settings: RunSettings) -> list[str]:
+    """What -rtr does not change, and when it changes nothing."""
+    if not settings.rtr:
+        return []
+    if not any(m.source for m in plan.derived()):
+        return ["-rtr has no effect: no weight can be interleaved (Q8_0, Q4_0 and IQ4_NL can)"]
+    left = plan.left_by_rtr()
+    shown = ", ".join(f"{m.name} ({m.fmt.name}, {m.n_rows} rows)" for m in left[:_SHOWN])
+    more = ", ..." if len(left) > _SHOWN else ""
+    return [f"-rtr leaves {len(left)} quantised weights as they are: {shown}{more}"] if left else []
 
 
 def cache_names(kinds: Iterable[str], settings: RunSettings) -> dict[str, str]:
@@ -143,7 +156,8 @@ def _compute(report: Report) -> list[str]:
     lines.append(_row("Output buffer", _mib(report.output_bytes)))
     lines.append(_row("Weights made at load", _mib(report.derived_bytes)))
     for d in report.derived:
-        lines.append(_row(f"  {d.name}", f"{_mib(d.nbytes)}  {d.count} x {d.type}"))
+        copy = ", -rtr copy" if d.is_copy else ""
+        lines.append(_row(f"  {d.name}", f"{_mib(d.nbytes)}  {d.count} x {d.type}{copy}"))
     return lines
 
 

@@ -16,9 +16,10 @@ from codegen.jit import Jit
 from codegen.pool import Pool
 from mlacli.engine import Cancelled, Engine, Model, load_model
 from mlacli.errors import EXIT_SIGINT, EXIT_SIGTERM, UsageError
+from mlacli.fit import GIB, size_text
 from mlacli.machine import machine_profile, make_jit
 from mlacli.memory import huge_bytes, lock
-from mlacli.report import buffer_lines, context_size
+from mlacli.report import buffer_lines, context_size, repack_notes
 from mlacli.settings import Request, RunSettings
 from mlacli.text.chat import ChatTemplate
 from mlacli.text.sampling import Sampler
@@ -135,7 +136,12 @@ def run_prompt(
             f"the prompt has {len(tokens)} tokens, more than -c {engine.n_ctx} leaves room for "
             f"(limit {engine.n_ctx - 1})"
         )
-    for line in (*buffer_lines(engine.plan, settings), *memory_notes(model, settings)):
+    for line in buffer_lines(engine.plan, settings):
+        note(line)
+    for line in repack_notes(engine.plan, settings):
+        note(f"note: {line}")
+    engine.repack(progress_lines(note))
+    for line in memory_notes(model, settings):
         note(line)
     if settings.verbose:
         note(_path_line(engine))
@@ -170,10 +176,25 @@ def start_engine(
     return Engine(model, settings, jit, profile, n_ctx=n_ctx, n_out_max=n_out_max, pool=pool)
 
 
+def progress_lines(note: Callable[[str], None]) -> Callable[[int, int], None]:
+    """A line per tenth of what -rtr copies; one alone if that is soon done."""
+    shown = 0
+
+    def progress(done: int, total: int) -> None:
+        nonlocal shown
+        tenths = 10 * done // total
+        if tenths > shown and (total >= GIB or tenths == 10):
+            shown = tenths
+            note(f"-rtr: {size_text(done)} of {size_text(total)} interleaved ({10 * tenths} %)")
+
+    return progress
+
+
 def memory_notes(model: Model, settings: RunSettings) -> Iterator[str]:
     """What came of --mlock and -thp."""
     if settings.mlock:
-        problem = lock([part.bytes for part in model.file.files])
+        files = [part.bytes for part in model.file.files]
+        problem = lock(model.weights.in_use() if settings.rtr else files)
         yield f"note: --mlock: {problem}" if problem else "mlock: the weights stay in memory"
     if settings.thp:
         yield f"thp: {huge_bytes() / 2**20:.2f} MiB in huge pages so far"

@@ -11,7 +11,8 @@ from codegen.formats import BlockFormat
 class Matrix:
     """`n_mats` matrices of (n_rows, n_cols), `pitch` bytes apart, `offset` bytes into a tensor.
 
-    `derived` matrices are made at load and lie in anonymous memory.
+    `derived` matrices are made at load and lie in anonymous memory; `source` is what one with
+    interleaved rows (-rtr) is made from.
     """
 
     tensor: str
@@ -22,14 +23,22 @@ class Matrix:
     offset: int = 0
     pitch: int = 0
     derived: bool = False
+    source: Matrix | None = None
 
     @property
     def name(self) -> str:
+        if self.source:
+            return self.source.name
         return f"{self.tensor}+{self.offset}" if self.offset else self.tensor
 
     @property
     def nbytes(self) -> int:
         return self.n_mats * self.n_rows * self.fmt.row_bytes(self.n_cols)
+
+    @property
+    def is_copy(self) -> bool:
+        """Whether all its values are in the file as well."""
+        return self.source is not None and not self.source.derived
 
 
 @dataclass(frozen=True)

@@ -95,8 +95,9 @@ def chooser(
     return PathChooser(settings.mla, None, h * saved, h * cost["expansion"] / rate)
 
 
-def options(settings: RunSettings, path: Path, n_ctx: int, *, few: bool) -> Options:
-    """Everything a graph needs to know, from the flags."""
+def options(settings: RunSettings, path: Path, n_ctx: int, *, few: bool, lanes: int = 0) -> Options:
+    """Everything a graph needs to know, from the flags. `lanes` are those of a register: as many
+    rows does -rtr interleave."""
     amb = settings.amb_mib * MIB
     return Options(
         path=path,
@@ -110,4 +111,5 @@ def options(settings: RunSettings, path: Path, n_ctx: int, *, few: bool) -> Opti
         fmoe=settings.fmoe,
         ser=settings.ser,
         few=few,
+        interleaved=lanes if settings.rtr else 0,
     )

@@ -33,6 +33,7 @@ class Options:
     fmoe: bool
     ser: tuple[int, float] | None
     few: bool  # generation: a handful of tokens at most, experts are read token by token
+    interleaved: int = 0  # -rtr: rows in a group, 0 for the file's layout
 
 
 @dataclass
@@ -57,6 +58,7 @@ class Builder:
         return self.graph.leaf("input", dtype, shape, name)
 
     def weight(self, matrix: Matrix) -> Node:
+        matrix = self.weights.interleaved(matrix, self.options.interleaved)
         shape = (matrix.n_mats, matrix.n_rows, matrix.n_cols)
         return self.graph.leaf("weight", "weight", shape, matrix.name, matrix=matrix)
 

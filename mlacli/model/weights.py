@@ -11,19 +11,27 @@ the file lacks: as Q8_0 when its source is quantised, else in the source's type 
 w_uk and v_b read the same rows, so w_uk takes after v_b: it is Q8_0 beside a v_b that meets 8-bit
 activations, and a float beside one that meets f32: k_b's type, F16 if that is quantised (beside a
 K-quant v_b it always is: k_b's rows are too short for K-quants).
+
+With -rtr the matrices that have an integer dot are copied with their rows interleaved
+(model/repack.py), those made at load as well.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import numpy.typing as npt
 
-from codegen.formats import BY_GGML_TYPE, F16, Q8_0, BlockFormat
+from codegen.formats import BY_GGML_TYPE, F16, Q8_0, BlockFormat, interleave
 from mlacli.gguf.problem import model_error
 from mlacli.gguf.quants import dequantise, quantise
 from mlacli.gguf.reader import GGUFFile
 from mlacli.graph.matrix import Matrix
+from mlacli.memory import Block
 from mlacli.model.config import ModelConfig
+
+EMBEDDING = "token_embd.weight"
 
 
 class Weights:
@@ -31,7 +39,7 @@ class Weights:
 
     def __init__(self, file: GGUFFile, config: ModelConfig) -> None:
         self.file, self.config = file, config
-        self._derived: dict[Matrix, npt.NDArray[np.uint8]] = {}
+        self._derived: dict[Matrix, Block] = {}
 
     def has(self, name: str) -> bool:
         return name in self.file.tensors
@@ -106,18 +114,51 @@ class Weights:
         pitch = (c.n_nope + c.n_v) * row
         return Matrix(joint, fmt, c.kv_lora_rank, n_rows, c.n_head, first * row, pitch)
 
+    def interleaved(self, matrix: Matrix, rows: int) -> Matrix:
+        """What -rtr makes of a matrix: rows in groups of `rows`. It stays as it is where its type
+        has no integer dot or the rows do not divide into groups, and so does the embedding table,
+        of which single rows are read."""
+        whole = rows > 0 and matrix.n_rows % rows == 0
+        if not whole or not matrix.fmt.integer_dot or matrix.tensor == EMBEDDING:
+            return matrix
+        fmt = interleave(matrix.fmt, rows)
+        pitch = matrix.n_rows * fmt.row_bytes(matrix.n_cols)
+        return replace(matrix, fmt=fmt, offset=0, pitch=pitch, derived=True, source=matrix)
+
     # -- memory -----------------------------------------------------------------------------
 
     def address(self, matrix: Matrix) -> int:
-        """Where the matrix lies; makes a derived one on first use."""
+        """Where the matrix lies; makes a derived one on first use. Raises LookupError for an
+        interleaved one that `keep` has not been given."""
         if not matrix.derived:
             return self.file.address(matrix.tensor) + matrix.offset
         if matrix not in self._derived:
             self._derived[matrix] = self._derive(matrix)
-        return self._derived[matrix].ctypes.data
+        return int(self._derived[matrix].ctypes.data)
 
-    def _derive(self, matrix: Matrix) -> npt.NDArray[np.uint8]:
+    def has_made(self, matrix: Matrix) -> bool:
+        return matrix in self._derived
+
+    def keep(self, matrix: Matrix, data: Block) -> None:
+        """Bytes of a matrix made at load, for as long as this object lives."""
+        self._derived[matrix] = data
+
+    def data(self, matrix: Matrix) -> Block:
+        """The bytes from the first matrix's start on: in the mapped file, or made anew."""
+        if matrix.derived:
+            return self._derive(matrix)
+        return self.file.data(matrix.tensor)[matrix.offset :]
+
+    def in_use(self) -> list[Block]:
+        """Memory that kernels read: what was made at load, and the tensors it did not replace."""
+        copied = {m.source.tensor for m in self._derived if m.source and m.is_copy}
+        left = [self.file.data(name) for name in self.file.tensors if name not in copied]
+        return [*self._derived.values(), *left]
+
+    def _derive(self, matrix: Matrix) -> Block:
         """Transpose k_b into w_uk or the other way round, head by head."""
+        if matrix.source:
+            raise LookupError(f"{matrix.name} has not been interleaved")
         layer = int(matrix.tensor.split(".")[1])
         wants_k_b = "attn_k_b" in matrix.tensor
         source = self.w_uk(layer) if wants_k_b else self.k_b(layer)
@@ -127,7 +168,7 @@ class Weights:
             values = dequantise(self._rows(source, head), source.fmt, source.n_cols)
             turned = np.ascontiguousarray(values.T)
             result[head] = quantise(turned, matrix.fmt).reshape(-1)
-        return result
+        return result.reshape(-1)
 
     def _rows(self, matrix: Matrix, head: int) -> npt.NDArray[np.uint8]:
         data, row = self.file.data(matrix.tensor), matrix.fmt.row_bytes(matrix.n_cols)
