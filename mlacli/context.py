@@ -78,6 +78,17 @@ class ContextPlan:
         }
         return list(found)
 
+    def left_by_rtr(self) -> list[Matrix]:
+        """Quantised matrices that kernels multiply with as they lie in the file."""
+        found = {
+            node.attrs["matrix"]: None
+            for g in self.graphs.values()
+            for reader in g.graph.operations
+            for node in reader.inputs
+            if node.op == "weight" and reader.op != "embed"
+        }
+        return [m for m in found if m.fmt.is_quantised and not m.fmt.interleaved]
+
 
 def padded_context(n_ctx: int, *, flash: bool) -> int:
     """Rows are padded to 256 with flash attention, 32 without."""
