@@ -18,6 +18,7 @@ from mlacli.machine import make_jit
 from mlacli.model.choose import MachineProfile
 from mlacli.model.config import ModelConfig
 from mlacli.settings import fitted
+from tests import reference
 
 # Makes -mla 3 expand from a few dozen tokens on, so that small tests reach both paths.
 PROFILE = MachineProfile(1e9, 1e9, 1e10, 1e10)
@@ -32,6 +33,12 @@ def shared_jit() -> Jit:
 @cache
 def shared_pool() -> Pool:
     return Pool(shared_jit(), MAX_THREADS)
+
+
+@cache
+def oracle(path: Path) -> reference.ReferenceModel:
+    """The f64 forward of a model; its weights are decoded once."""
+    return reference.load(path)
 
 
 def make_engine(
