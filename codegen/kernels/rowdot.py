@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING
 
 from codegen.dtypes import f16, f32, i8, i32, i64, u16
 from codegen.formats import BlockFormat
-from codegen.kernels.blocks import BLOCK, load_block
+from codegen.kernels import repacked
+from codegen.kernels.blocks import BLOCK, block_at, load_block
 from codegen.kernels.interleave import COLUMNS, code_groups
 from codegen.values import Pointer, Value
 from codegen.vecmath import transpose_sum
@@ -76,6 +77,10 @@ def few_dots(
 
     Lanes from n_rows on hold anything.
     """
+    if fmt.interleaved:
+        group = repacked.Group(rows.first, rows.following)
+        repacked.few_dots(k, fmt, group, x, n_tokens, store, n_cols, x_pitch)
+        return
     multiply = _code_dots if fmt.integer_dot else _float_dots
     if n_tokens == 1:
         zero = k.const(0, i64)
@@ -177,13 +182,14 @@ def _row_dot(
 ) -> None:
     """totals[t * lanes^2:] = sums of row[j] * x[t][j], a register each, not yet added up."""
     n, n_blocks = k.target.lanes, x.n_cols // BLOCK
-    size, block_bytes = 8 * n // BLOCK, fmt.block_bytes * BLOCK // fmt.size
+    size, block_bytes = max(8 * n, fmt.size) // BLOCK, fmt.block_bytes * BLOCK // fmt.size
     _each(k, x.count, lambda t: totals.at(t * (n * n)).store(k.zeros(f32 * n)))
 
     def part(b: Value, count: int) -> None:
         for line in range(0, count * block_bytes, k.target.cache_line):
             k.prefetch(ahead.bytes(b * block_bytes).bytes(line))
-        weights = [v for i in range(count) for v in load_block(k, fmt, row, b + i)]
+        blocks = block_at(fmt, row, b)  # from here on, numbers of blocks are known when building
+        weights = [v for i in range(count) for v in load_block(k, fmt, blocks, i)]
 
         def meet(t: Value) -> None:
             place, at = totals.at(t * (n * n)), x.row(t).cast(f32).at(b * BLOCK)
