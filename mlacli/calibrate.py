@@ -65,7 +65,7 @@ def _attention_rate(
 def _expansion_rate(jit: Jit, pool: Pool, n_threads: int, fmt: BlockFormat) -> float:
     """kv_b of all heads times EXPANDED_ROWS latent rows."""
     n_rows = NOPE + VALUE
-    pitch = row_bytes(LORA) if fmt.is_quantised else 4 * LORA
+    pitch = row_bytes(LORA) if fmt.integer_dot else 4 * LORA
     shape = Shape(
         n_rows=n_rows,
         n_cols=LORA,

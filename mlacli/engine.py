@@ -88,7 +88,7 @@ class Engine:
             n_out_max=n_out_max,
             keep=keep,
         )
-        integer = model.weights.v_b(0).fmt.is_quantised
+        integer = model.weights.v_b(0).fmt.integer_dot
         self.chooser = chooser(settings, model.config, profile, integer=integer)
         check_plan(self.plan)
         self.n_ctx = self.plan.n_ctx

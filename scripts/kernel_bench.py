@@ -118,7 +118,7 @@ def weight_pool(fmt: BlockFormat, nbytes: int) -> Array:
 
 def inputs(case: Case, n_rows: int) -> Array:
     """Activation rows of small numbers: a8, or f32 for float formats."""
-    if not case.fmt.is_quantised:
+    if not case.fmt.integer_dot:
         rows = aligned_bytes(4 * n_rows * case.n_cols)
         rows.view(np.float32)[:] = 0.5
         return rows

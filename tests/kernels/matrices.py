@@ -52,7 +52,7 @@ def exact_weights(fmt: BlockFormat, n_rows: int, n: int, rng: np.random.Generato
 def activations(fmt: BlockFormat, bias: int, n_rows: int, n: int, rng: np.random.Generator) -> Rows:
     """Normal values as the format's kernels read them: a8 rows, or f32 for float weights."""
     x = rng.normal(size=(n_rows, n)).astype(np.float32)
-    if not fmt.is_quantised:
+    if not fmt.integer_dot:
         return Rows(x.view(np.uint8), x.astype(np.float64))
     codes, d, sums = numpy_ops.quantize(x, bias)
     return a8_rows(codes, d, sums)
@@ -63,7 +63,7 @@ def exact_activations(
 ) -> Rows:
     """Whole numbers up to `top`, in a8 times a power of two."""
     codes = rng.integers(-top, top + 1, (n_rows, n)).astype(np.int8)
-    if not fmt.is_quantised:
+    if not fmt.integer_dot:
         x = codes.astype(np.float32)
         return Rows(x.view(np.uint8), x.astype(np.float64))
     d = rng.choice(np.array([0.5, 1.0], np.float32), (n_rows, n // 32))
