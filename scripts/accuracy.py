@@ -1,52 +1,151 @@
 """Logits of every mode, cache type and batch size against a float64 forward of the same weights.
 
-Prints per row the NMSE over all tokens, the per-token median and 99th percentile, and how many
-tokens are left out because the choice of experts is a near tie in the reference (a flip there says
-nothing about arithmetic).
+A row of the table, for one length of prompt:
 
-    python scripts/accuracy.py --preset tiny-v3 --type F32 --length 700 [--mla 0,1,2,3] [--fa 1,0]
-        [--cache f32,f16,...] [--ubatch 1,7,32,512] [--threads 2]
+    any      NMSE over all tokens, and the per-token median
+    flips    tokens for which a router chose other experts than in the float64 forward
+    same     NMSE, per-token median and 99th percentile against a float64 forward that takes the
+             experts that the engine took, so that flips do not count as errors
+    own      what storing the cache in its type costs by itself: the median of a float64 forward
+             whose cache is rounded to the type
+
+    python scripts/accuracy.py --preset tiny-v3 --length 1,33,700 [--type F32] [--mla 0,1,2,3]
+        [--fa 1,0] [--cache f32,f16,...] [--ubatch 1,7,32,512] [--threads 2]
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
+import os
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # small matrices: threads only wait
 
 import numpy as np
 import numpy.typing as npt
-from tabulate import tabulate
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-
-from codegen.formats import LATENT_CACHE_TYPES
+from codegen.formats import CACHE_FORMATS, LATENT_CACHE_TYPES, BlockFormat
 from codegen.pool import Pool
-from mlacli.engine import Engine, Logits, Model, load_model
+from mlacli.engine import Engine, load_model
 from mlacli.errors import UsageError
+from mlacli.gguf.quants import dequantise, quantise
 from mlacli.machine import make_jit
 from mlacli.model.choose import MachineProfile
 from mlacli.settings import RunSettings, fitted
 from scripts.make_model import make_model
 from tests import reference
+from tests.engines import logits_and_experts, routing_names
 
-MARGIN = 1e-4  # a gap between chosen and unchosen experts below this counts as a tie
-# Batches of 128 tokens and more are expanded, as with -mla 2.
+Floats = npt.NDArray[np.float64]
+Experts = list[npt.NDArray[np.int64]]
 EVEN_PROFILE = MachineProfile(1e11, 1e11, 1e11, 1e11)
+# Of the per-token median; F32 weights.
+LIMITS = {"f32": 1e-10, "f16": 2e-5, "bf16": 2e-5, "q8_0": 1e-4, "q8_KV": 3e-4, "q6_0": 3e-3}
 
 
-def evaluate(engine: Engine, tokens: list[int]) -> Logits:
-    """Logits of every token, evaluated in micro-batches from an empty cache."""
-    engine.cache.clear()
-    return engine.eval(tokens, range(len(tokens)), wanted=range(len(tokens)))
+@dataclass(frozen=True)
+class Row:
+    """One line of the table; the errors as the module says."""
+
+    length: int
+    mla: int
+    fa: str
+    cache: str
+    ubatch: int
+    any_nmse: float
+    any_median: float
+    flips: int
+    same_nmse: float
+    same_median: float
+    same_p99: float
+    own: float | None
+    over: str
+
+    def __str__(self) -> str:
+        return " ".join(f"{_text(getattr(self, f.name)):>{_width(f.name)}}" for f in fields(self))
+
+    @staticmethod
+    def head() -> str:
+        return " ".join(f"{f.name:>{_width(f.name)}}" for f in fields(Row))
+
+
+def _width(name: str) -> int:
+    return max(6, len(name))
+
+
+def _text(value: object) -> str:
+    return f"{value:.1e}" if isinstance(value, float) else "-" if value is None else str(value)
+
+
+@dataclass
+class Oracle:
+    """float64 forwards of one prompt, each made once."""
+
+    model: reference.ReferenceModel
+    tokens: list[int]
+    _same: dict[bytes, reference.Forward] = field(default_factory=dict)
+    _own: dict[tuple[str, str, str], float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.exact = self.model.run(self.tokens)
+        self.experts = [np.asarray(routing.experts) for routing in self.exact.routing]
+        self._same[_key(self.experts)] = self.exact
+
+    def flips(self, experts: Experts) -> int:
+        """Tokens that another set of experts saw, in any layer."""
+        pairs = zip(experts, self.experts, strict=True)
+        changed = [(np.sort(a, -1) != np.sort(b, -1)).any(-1) for a, b in pairs]
+        return int(np.any(changed, axis=0).sum()) if changed else 0
+
+    def same(self, experts: Experts) -> Floats:
+        """Logits of a forward that takes these experts."""
+        key = _key(experts)
+        if key not in self._same:
+            self._same[key] = self.model.run(self.tokens, experts=experts)
+        return self._same[key].logits
+
+    def own(self, rows: Any, type_k: str, type_v: str) -> float:
+        """Median error of a cache of these types in a forward that is exact otherwise."""
+        key = (rows, type_k, type_v)
+        if key not in self._own:
+            c = self.model.config
+            width = c.kv_lora + c.rope if rows == "latent" else c.nope + c.rope
+            store = rounding(CACHE_FORMATS[type_k], CACHE_FORMATS[type_v], width)
+            rounded = self.model.run(
+                self.tokens, cache_round=store, cache_rows=rows, experts=self.experts
+            )
+            each = reference.per_token_nmse(rounded.logits, self.exact.logits)
+            self._own[key] = float(np.median(each))
+        return self._own[key]
+
+
+def _key(experts: Sequence[npt.NDArray[Any]]) -> bytes:
+    return b"".join(np.sort(e, axis=-1).astype(np.int16).tobytes() for e in experts)
+
+
+def rounding(fmt_k: BlockFormat, fmt_v: BlockFormat, k_width: int) -> Callable[[Floats], Floats]:
+    """Store and load rows: those of `k_width` values in one format, others in the other."""
+
+    def store(values: Floats) -> Floats:
+        n = values.shape[-1]
+        fmt = fmt_k if n == k_width else fmt_v
+        rows = values.reshape(-1, n).astype(np.float32)
+        return dequantise(quantise(rows, fmt), fmt, n).astype(np.float64).reshape(values.shape)
+
+    return store
 
 
 def settings_grid(path: Path, given: argparse.Namespace, n_ctx: int) -> Iterator[RunSettings]:
-    """Every combination that can work."""
+    """Every combination that can work. V has the type of K where it can, else f16."""
     for mla, fa, cache, ubatch in itertools.product(given.mla, given.fa, given.cache, given.ubatch):
+        v_can = mla == 0 and (fa or cache in ("f32", "f16"))
         try:
             yield fitted(
                 model=path,
@@ -54,6 +153,7 @@ def settings_grid(path: Path, given: argparse.Namespace, n_ctx: int) -> Iterator
                 mla=mla,
                 flash_attn=bool(fa),
                 type_k=cache,
+                type_v=cache if v_can else "f16",
                 n_ubatch=min(ubatch, n_ctx),
                 n_threads=given.threads,
             )
@@ -61,18 +161,43 @@ def settings_grid(path: Path, given: argparse.Namespace, n_ctx: int) -> Iterator
             print(f"skipped: {problem}", file=sys.stderr)
 
 
-def measure(
-    model: Model,
-    grid: Iterator[RunSettings],
-    tokens: list[int],
-    expected: npt.NDArray[np.float64],
-    clear: npt.NDArray[np.bool_],
-    n_threads: int,
-) -> Iterator[list[object]]:
-    """One table row per setting."""
-    jit = make_jit()
-    pool = Pool(jit, n_threads)
-    for settings in grid:
+def compare(engine: Engine, oracle: Oracle, is_f32: bool) -> Row:
+    """One row: the engine's logits of every token of the prompt against the oracle's."""
+    s = engine.settings
+    got, experts = logits_and_experts(engine, oracle.tokens)
+    same = oracle.same(experts)
+    free, each = (reference.per_token_nmse(got, e) for e in (oracle.exact.logits, same))
+    own: float | None = None
+    if s.mla == 0:
+        own = oracle.own("heads", s.type_k, s.type_v)
+    elif s.mla != 1 or s.flash_attn:  # else kv^T holds values that were never rounded to the type
+        own = oracle.own("latent", s.type_k, s.type_k)
+    median = float(np.median(each))
+    return Row(
+        length=len(got),
+        mla=s.mla,
+        fa="on" if s.flash_attn else "off",
+        cache=s.type_k,
+        ubatch=s.n_ubatch,
+        any_nmse=reference.nmse(got, oracle.exact.logits),
+        any_median=float(np.median(free)),
+        flips=oracle.flips(experts),
+        same_nmse=reference.nmse(got, same),
+        same_median=median,
+        same_p99=float(np.quantile(each, 0.99)),
+        own=own,
+        over="OVER" if is_f32 and median > LIMITS.get(s.type_k, np.inf) else "",
+    )
+
+
+def measure(path: Path, given: argparse.Namespace) -> Iterator[Row]:
+    """All rows of a model: an engine per setting, which evaluates every length."""
+    model, jit = load_model(path), make_jit()
+    pool = Pool(jit, given.threads)
+    tokens = np.random.default_rng(7).integers(0, model.config.n_vocab, max(given.length)).tolist()
+    f64 = reference.load(path)
+    oracles = [Oracle(f64, tokens[:n]) for n in given.length]
+    for settings in settings_grid(path, given, max(given.length) + 1):
         engine = Engine(
             model,
             settings,
@@ -81,19 +206,10 @@ def measure(
             n_ctx=settings.n_ctx or 1,
             n_out_max=settings.n_ubatch,
             pool=pool,
+            keep=routing_names(model.config),
         )
-        each = reference.per_token_nmse(evaluate(engine, tokens), expected)
-        kept = each[clear]
-        yield [
-            settings.mla,
-            "on" if settings.flash_attn else "off",
-            settings.type_k,
-            settings.n_ubatch,
-            float(each.mean()),
-            float(np.median(kept)),
-            float(np.quantile(kept, 0.99)),
-            int((~clear).sum()),
-        ]
+        for oracle in oracles:
+            yield compare(engine, oracle, given.type == "F32")
     pool.close()
 
 
@@ -105,9 +221,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--preset", default="tiny-v3")
     parser.add_argument("--model", type=Path, help="instead of a preset")
-    parser.add_argument("--type", default="F32")
+    parser.add_argument("--type", default="F32", help="of the weights")
     parser.add_argument("--kv-b", default="joint")
-    parser.add_argument("--length", type=int, default=700)
+    parser.add_argument("--length", type=numbers, default=[700])
     parser.add_argument("--mla", type=numbers, default=[0, 1, 2, 3])
     parser.add_argument("--fa", type=numbers, default=[1, 0])
     parser.add_argument("--cache", type=lambda s: s.split(","), default=list(LATENT_CACHE_TYPES))
@@ -118,19 +234,13 @@ def main() -> None:
         path = given.model or Path(folder) / "model.gguf"
         if given.model is None:
             make_model(path, preset=given.preset, type=given.type, kv_b=given.kv_b)
-        model = load_model(path)
-        rng = np.random.default_rng(7)
-        tokens = rng.integers(0, model.config.n_vocab, given.length).tolist()
-        oracle = reference.load(path)
-        result = oracle.run(tokens)
-        clear = result.smallest_margin() > MARGIN
-        n_ctx = given.length + 1
-        grid = settings_grid(path, given, n_ctx)
-        rows = measure(model, grid, tokens, result.logits, clear, given.threads)
-        head = ["mla", "fa", "cache", "ubatch", "NMSE", "median", "p99", "ties"]
-        for row in rows:
-            print(tabulate([row], head, tablefmt="plain", floatfmt=".1e").split("\n")[-1])
-            sys.stdout.flush()
+        print(f"{given.model or given.preset} {given.type}")
+        print(Row.head(), flush=True)
+        over = 0
+        for row in measure(path, given):
+            print(row, flush=True)
+            over += bool(row.over)
+        print(f"{over} rows with a median over the limit")
 
 
 if __name__ == "__main__":
