@@ -15,7 +15,7 @@ from codegen.dtypes import DType, f32, u8
 from codegen.formats import BlockFormat
 from codegen.kernel import dim, kernel, ptr
 from codegen.kernels.panel import decode_panel, multiply_panel, panel_rows
-from codegen.kernels.rowdot import Stream, few_dots, group_size
+from codegen.kernels.rowdot import Stream, few_dots, group_size, tiles_ahead
 from codegen.values import Pointer, Value
 
 if TYPE_CHECKING:
@@ -54,12 +54,20 @@ def matvec(
     """y[t, h, r] = w[h, r] . x[t, h] (+ residual), each row streamed once per token."""
     s, n, pitch = shape, k.target.lanes, fmt.row_bytes(shape.n_cols)
     per_head = -(-s.n_rows // ROWS_PER_TILE)
-    with k.tiles(per_head * s.n_heads) as tile:
+
+    def place(tile: Value) -> tuple[Value, Value, Pointer]:
+        """(head, first row, where that row is)."""
         head, start = tile // per_head, tile % per_head * ROWS_PER_TILE
-        matrix, x_rows = w.bytes(head * s.w_pitch), x.bytes(head * s.x_head)
-        with k.loop(start, k.minimum(start + ROWS_PER_TILE, s.n_rows), n) as first:
-            count = group_size(k, first, s.n_rows)
-            rows = Stream(matrix.bytes(first * pitch), count, matrix.bytes((first + n) * pitch))
+        return head, start, w.bytes(head * s.w_pitch + start * pitch)
+
+    with tiles_ahead(k, per_head * s.n_heads) as (tile, next_tile):
+        head, start, address = place(tile)
+        x_rows, (*_, after) = x.bytes(head * s.x_head), place(next_tile)
+        stop = k.minimum(start + ROWS_PER_TILE, s.n_rows)
+        with k.loop(start, stop, n) as first:
+            here = address.bytes((first - start) * pitch)
+            following = k.select_pointer(first + n < stop, here.bytes(n * pitch), after)
+            rows = Stream(here, group_size(k, first, s.n_rows), following)
 
             def store(t: Value, total: Value, first: Value = first) -> None:
                 at = t * s.y_token + head * s.y_head + first

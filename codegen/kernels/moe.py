@@ -20,7 +20,7 @@ from codegen.kernel import dim, kernel, ptr
 from codegen.kernels.activations import row_bytes
 from codegen.kernels.matmul import ROWS_PER_TILE, load_rows, store_rows
 from codegen.kernels.panel import decode_panel, multiply_panel, panel_rows
-from codegen.kernels.rowdot import Store, Stream, few_dots, group_size
+from codegen.kernels.rowdot import Store, Stream, few_dots, group_size, tiles_ahead
 from codegen.values import Pointer, Value
 from codegen.vecmath import silu
 
@@ -59,11 +59,12 @@ def gated(
     gate: Matrix,
     up: Matrix,
     first: Value,
-    step: int,
+    following: Pointer,
     place: Callable[[Value], Pointer],
     multiply: Multiply,
 ) -> None:
     """place(t) = silu(gate x[t]) * (up x[t]) for the rows from `first` on: gate waits there for up.
+    `following`: what is read after both.
 
     Matrices of one format share their code.
     """
@@ -75,10 +76,9 @@ def gated(
         waiting = load_rows(k, place(t), total.type, first, gate.n_rows)
         store_rows(k, place(t), silu(k, waiting) * total, first, gate.n_rows)
 
-    after_gate, after_up = up.row(first), gate.row(first + step)
     if gate.fmt != up.fmt:
-        multiply(gate, after_gate, store_gate)
-        multiply(up, after_up, store_product)
+        multiply(gate, up.row(first), store_gate)
+        multiply(up, following, store_product)
         return
     with k.loop(0, 2) as turn:
         is_gate = turn.eq(0)
@@ -91,7 +91,7 @@ def gated(
                     store_product(t, total)
 
         matrix = replace(gate, data=k.select_pointer(is_gate, gate.data, up.data))
-        multiply(matrix, k.select_pointer(is_gate, after_gate, after_up), store)
+        multiply(matrix, k.select_pointer(is_gate, up.row(first), following), store)
 
 
 # -- many tokens ----------------------------------------------------------------------------------
@@ -129,7 +129,7 @@ def gated_panel(
     def place(t: Value) -> Pointer:
         return y.at(t * gate.n_rows + first)
 
-    gated(k, gate, up, first, panel_rows(k.target), place, multiply)
+    gated(k, gate, up, first, gate.row(first + panel_rows(k.target)), place, multiply)
 
 
 @kernel(y=ptr(f32), gate=ptr(u8), up=ptr(u8), x=ptr(u8), scratch=ptr(u8), n_tokens=dim())
@@ -276,11 +276,11 @@ def moe_down(
 
 
 @contextmanager
-def row_groups(k: Kernel, first: Value, n_rows: int) -> Iterator[Value]:
-    """First rows of the groups in the tile that starts at row `first`."""
-    stop = k.minimum(first + ROWS_PER_TILE, n_rows)
-    with k.loop(first, stop, k.target.lanes) as group:
-        yield group
+def row_groups(k: Kernel, start: Value, n_rows: int) -> Iterator[tuple[Value, Value]]:
+    """(first row, whether it is the last) of the groups in the tile that starts at row `start`."""
+    stop = k.minimum(start + ROWS_PER_TILE, n_rows)
+    with k.loop(start, stop, k.target.lanes) as first:
+        yield first, first + k.target.lanes >= stop
 
 
 def group_product(
@@ -305,6 +305,7 @@ def gated_group(
     x: Pointer,
     n_tokens: Value | int,
     first: Value,
+    following: Pointer,
 ) -> None:
     """y[t, first:] = silu(gate x[t]) * (up x[t]) for one group of rows."""
 
@@ -314,7 +315,11 @@ def gated_group(
     def place(t: Value) -> Pointer:
         return y.at(t * gate.n_rows + first)
 
-    gated(k, gate, up, first, k.target.lanes, place, multiply)
+    gated(k, gate, up, first, following, place, multiply)
+
+
+def tile_count(n_rows: int) -> int:
+    return -(-n_rows // ROWS_PER_TILE)
 
 
 @kernel(y=ptr(f32), gate=ptr(u8), up=ptr(u8), x=ptr(u8), n_tokens=dim())
@@ -333,27 +338,38 @@ def up_gate_vec(
 ) -> None:
     """The same as `up_gate`, row by row."""
     gates, ups = Matrix(gate, fmt_gate, n_rows, n_cols), Matrix(up, fmt_up, n_rows, n_cols)
-    with k.tiles(-(-n_rows // ROWS_PER_TILE)) as tile:
-        with row_groups(k, tile * ROWS_PER_TILE, n_rows) as first:
-            gated_group(k, y, gates, ups, x, n_tokens, first)
+    with tiles_ahead(k, tile_count(n_rows)) as (tile, next_tile):
+        after = gates.row(next_tile * ROWS_PER_TILE)
+        with row_groups(k, tile * ROWS_PER_TILE, n_rows) as (first, is_last):
+            following = k.select_pointer(is_last, after, gates.row(first + k.target.lanes))
+            gated_group(k, y, gates, ups, x, n_tokens, first, following)
 
 
 @contextmanager
 def slot_rows(
-    k: Kernel, y: Pointer, ids: Pointer, n_slots: Value, n_rows: int
-) -> Iterator[tuple[Value, Value, Value]]:
-    """(slot, its expert, first row) of groups of rows. The rows of a dropped slot become zero: what
-    comes next reads them, and multiplying anything with weight 0 could leave a NaN."""
-    parts = -(-n_rows // ROWS_PER_TILE)
-    with k.tiles(n_slots * parts) as tile:
-        slot, expert = tile // parts, ids[tile // parts].to(i64)
-        with row_groups(k, tile % parts * ROWS_PER_TILE, n_rows) as first:
+    k: Kernel, y: Pointer, ids: Pointer, n_slots: Value, w: Matrix
+) -> Iterator[tuple[Value, Value, Value, Pointer]]:
+    """(slot, its expert, first row, the stack's group after it) of groups of rows.
+
+    The rows of a dropped slot become zero: what comes next reads them, and multiplying anything
+    with weight 0 could leave a NaN.
+    """
+    parts, n = tile_count(w.n_rows), k.target.lanes
+
+    def place(tile: Value) -> tuple[Value, Value, Value]:
+        return tile // parts, ids[tile // parts].to(i64), tile % parts * ROWS_PER_TILE
+
+    with tiles_ahead(k, n_slots * parts) as (tile, next_tile):
+        slot, expert, start = place(tile)
+        _, next_expert, next_start = place(next_tile)
+        after = w.expert(k.maximum(next_expert, 0)).row(next_start)
+        with row_groups(k, start, w.n_rows) as (first, is_last):
             with k.either(expert >= 0) as (chosen, dropped):
                 with chosen:
-                    yield slot, expert, first
+                    following = w.expert(expert).row(first + n)
+                    yield slot, expert, first, k.select_pointer(is_last, after, following)
                 with dropped:
-                    zeros = k.zeros(f32 * k.target.lanes)
-                    store_rows(k, y.at(slot * n_rows + first), zeros, first, n_rows)
+                    store_rows(k, y.at(slot * w.n_rows + first), k.zeros(f32 * n), first, w.n_rows)
 
 
 @kernel(y=ptr(f32), gate=ptr(u8), up=ptr(u8), x=ptr(u8), ids=ptr(i32), n_tokens=dim())
@@ -374,9 +390,9 @@ def moe_up_gate_vec(
 ) -> None:
     """y[slot] = silu(gate_e x[token]) * (up_e x[token]), e = ids[slot]; 0 for dropped slots."""
     gates, ups = Matrix(gate, fmt_gate, n_rows, n_cols), Matrix(up, fmt_up, n_rows, n_cols)
-    with slot_rows(k, y, ids, n_tokens * n_used, n_rows) as (slot, expert, first):
+    with slot_rows(k, y, ids, n_tokens * n_used, gates) as (slot, expert, first, following):
         row, out = x.bytes(slot // n_used * gates.x_pitch), y.at(slot * n_rows)
-        gated_group(k, out, gates.expert(expert), ups.expert(expert), row, 1, first)
+        gated_group(k, out, gates.expert(expert), ups.expert(expert), row, 1, first, following)
 
 
 @kernel(y=ptr(f32), w=ptr(u8), x=ptr(u8), ids=ptr(i32), n_tokens=dim())
@@ -396,15 +412,14 @@ def moe_matmul_vec(
 ) -> None:
     """y[slot] = w_e x[slot], or x[token] when the input has a row per token; e = ids[slot]; 0 for
     dropped slots."""
-    experts, n = Matrix(w, fmt, n_rows, n_cols), k.target.lanes
-    with slot_rows(k, y, ids, n_tokens * n_used, n_rows) as (slot, expert, first):
+    experts = Matrix(w, fmt, n_rows, n_cols)
+    with slot_rows(k, y, ids, n_tokens * n_used, experts) as (slot, expert, first, following):
 
         def store(t: Value, total: Value) -> None:
             store_rows(k, y.at(slot * n_rows + first), total, first, n_rows)
 
-        matrix = experts.expert(expert)
         row = x.bytes((slot if per_slot else slot // n_used) * experts.x_pitch)
-        group_product(k, matrix, first, matrix.row(first + n), row, 1, store)
+        group_product(k, experts.expert(expert), first, following, row, 1, store)
 
 
 @kernel(y=ptr(f32), w=ptr(u8), x=ptr(u8), ids=ptr(i32), weights=ptr(f32), n_tokens=dim())
@@ -423,22 +438,31 @@ def moe_down_vec(
     n_used: int,
 ) -> None:
     """y[token] += sum over its slots, best first, of weight * (w_e x[slot])."""
-    experts, n = Matrix(w, fmt, n_rows, n_cols), k.target.lanes
-    parts = -(-n_rows // ROWS_PER_TILE)
-    with k.tiles(n_tokens * parts) as tile:
+    experts, n, parts = Matrix(w, fmt, n_rows, n_cols), k.target.lanes, tile_count(n_rows)
+
+    def of_slot(slot: Value, row: Value) -> Pointer:
+        """A row of the slot's expert; some row if the slot is dropped."""
+        return experts.expert(k.maximum(ids[slot].to(i64), 0)).row(row)
+
+    with tiles_ahead(k, n_tokens * parts) as (tile, next_tile):
         token, start = tile // parts, tile % parts * ROWS_PER_TILE
-        with k.loop(token * n_used, (token + 1) * n_used) as slot:
+        next_part = of_slot(next_tile // parts * n_used, next_tile % parts * ROWS_PER_TILE)
+        last_slot = (token + 1) * n_used - 1
+        with k.loop(token * n_used, last_slot + 1) as slot:
             expert = ids[slot].to(i64)
-            with k.when(expert >= 0), row_groups(k, start, n_rows) as first:
+            next_slot = of_slot(k.minimum(slot + 1, last_slot), start)
+            after = k.select_pointer(slot.eq(last_slot), next_part, next_slot)
+            with k.when(expert >= 0), row_groups(k, start, n_rows) as (first, is_last):
+                matrix = experts.expert(expert)
+                following = k.select_pointer(is_last, after, matrix.row(first + n))
+                place, weight = y.at(token * n_rows + first), weights[slot]
 
                 def store(
-                    t: Value, total: Value, token: Value = token, slot: Value = slot,
+                    t: Value, total: Value, place: Pointer = place, weight: Value = weight,
                     first: Value = first,
                 ) -> None:  # fmt: skip
-                    place = y.at(token * n_rows + first)
-                    added = load_rows(k, place, total.type, first, n_rows) + total * weights[slot]
+                    added = load_rows(k, place, total.type, first, n_rows) + total * weight
                     store_rows(k, place, added, first, n_rows)
 
-                matrix = experts.expert(expert)
                 row = x.bytes(slot * experts.x_pitch)
-                group_product(k, matrix, first, matrix.row(first + n), row, 1, store)
+                group_product(k, matrix, first, following, row, 1, store)

@@ -8,9 +8,10 @@ by one, each with a register of sums of its own, and these are added up for a wh
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from codegen.dtypes import f16, f32, i8, i32, i64, u16
 from codegen.formats import BlockFormat
@@ -25,9 +26,11 @@ if TYPE_CHECKING:
 
 CHAINS = 2
 TOGETHER = 8  # tokens that share what it takes to decode
-AHEAD_BYTES = 4096  # float rows: how far memory is asked for before it is used
+AHEAD_BYTES = 16384  # how far memory is asked for before it is used
 LEAD = 8  # codes: blocks between the copy of a scale and its use
-L2 = 2  # prefetch into the second-level cache
+# Asked for by software no memory is faster than the first-level cache has buffers for requests; by
+# walking on in order, the prefetches make the hardware's own prefetcher of this level run ahead.
+L2 = 2
 Store = Callable[[Value, Value], None]  # (token, sums of some rows for it)
 
 
@@ -42,6 +45,20 @@ class Stream:
     def at_most(self, k: Kernel, i: int) -> Value | int:
         """Row i, or the last one for those behind it."""
         return i if isinstance(self.n_rows, int) else k.minimum(i, self.n_rows - 1)
+
+
+@contextmanager
+def tiles_ahead(k: Kernel, n: Any) -> Iterator[tuple[Value, Value]]:
+    """Tiles of range(n) as `k.tiles` hands them out, each with the one this thread has after it;
+    behind the last tile that is the last one again. So what comes next can be asked for."""
+    counter, n = k.counter(), k.const(n, i64)
+    tile = k.var(k.fetch_add(counter, 1))
+    with k.when((tile.get() < n) & k.cancelled().eq(0)):
+        with k.repeat_while() as go_on:
+            following = k.fetch_add(counter, 1)
+            yield tile.get(), k.minimum(following, n - 1)
+            tile.set(following)
+            go_on((following < n) & k.cancelled().eq(0))
 
 
 def group_size(k: Kernel, first: Value, n_rows: int) -> Value | int:
@@ -120,13 +137,16 @@ def _code_dots(k: Kernel, fmt: BlockFormat, rows: Stream, x: Inputs) -> Callable
             d = row.bytes(fmt.field_offset("d"), u16).bytes(b * fmt.block_bytes)
             scales.at(to * n)[i] = d.load()
 
+    step = n * fmt.block_bytes
+    further = max(0, AHEAD_BYTES // (n_blocks * step) - 1)  # small groups: not the next one
+    ahead = rows.following.bytes(further * n_blocks * step)
     _each(k, x.count, lambda t: totals.at(t * n).store(k.zeros(f32 * n)))
     with k.loop(0, min(LEAD, n_blocks)) as b:
         copy_scales(b, b)
     with k.loop(0, n_blocks) as b:
         copy_scales(b + LEAD, k.minimum(b + LEAD, n_blocks - 1))
-        for line in range(0, n * fmt.block_bytes, k.target.cache_line):
-            k.prefetch(rows.following.bytes(b * (n * fmt.block_bytes)).bytes(line), L2)
+        for line in range(0, step, k.target.cache_line):
+            k.prefetch(ahead.bytes(b * step).bytes(line), L2)
         groups = code_groups(k, fmt, [row.bytes(b * fmt.block_bytes) for row in starts])
         scale = scales.at(b * n).load(u16 * n).bits_as(f16 * n).to(f32)
 
@@ -187,7 +207,7 @@ def _row_dot(
 
     def part(b: Value, count: int) -> None:
         for line in range(0, count * block_bytes, k.target.cache_line):
-            k.prefetch(ahead.bytes(b * block_bytes).bytes(line))
+            k.prefetch(ahead.bytes(b * block_bytes).bytes(line), L2)
         blocks = block_at(fmt, row, b)  # from here on, numbers of blocks are known when building
         weights = [v for i in range(count) for v in load_block(k, fmt, blocks, i)]
 
