@@ -6,6 +6,7 @@ from codegen.dtypes import DType
 from codegen.formats import F32, BlockFormat, transposed_type
 from codegen.kernels import attention_plain
 from codegen.kernels.attention import ABSORBED, STANDARD
+from codegen.kernels.attention_few import kq_few
 from codegen.kernels.attention_plain import kq_scratch_bytes
 from codegen.kernels.expand import HEAD_CHUNK, Part, expand_head, latent_pitch
 from mlacli.graph.lower import At, Launch, Lower, Operand, Scratch, lowers
@@ -37,7 +38,14 @@ def _values_type(node: Node) -> DType:
     return transposed_type(h.fmt_v if node.attrs["rows"] == "standard" else h.fmt_k)
 
 
+def _is_streamed(lower: Lower, node: Node) -> bool:
+    """A few tokens over rows per head: nothing is shared, and so nothing is decoded to scratch."""
+    return lower.few and _kind(node) == STANDARD
+
+
 def _kq_scratch(lower: Lower, node: Node) -> int:
+    if _is_streamed(lower, node):
+        return 0
     return kq_scratch_bytes(
         lower.bounds[Dim.N_TOKENS],
         lower.n_threads,
@@ -53,26 +61,15 @@ def _kq(lower: Lower, node: Node) -> list[Launch]:
     q, k, *cells = node.inputs
     h: Heads = node.attrs["heads"]
     width, fmt = _key_rows(node)
+    sizes = {"n_head": h.n_head, "n_slice": lower.size(node, 0), "d_k": width, "fmt_k": fmt}
+    arrays: tuple[Operand, ...] = (At(node), At(q), At(k), *(At(n) for n in cells))
+    rest = (int(node.attrs["first"]), Dim.N_TOKENS, Dim.N_KV)
+    if _is_streamed(lower, node):
+        return [Launch(node, kq_few(**sizes, scale=h.scale), (*arrays, *rest))]
     spec = attention_plain.kq(
-        kind=_kind(node),
-        n_head=h.n_head,
-        n_slice=lower.size(node, 0),
-        d_k=width,
-        max_tokens=lower.bounds[Dim.N_TOKENS],
-        fmt_k=fmt,
-        scale=h.scale,
+        **sizes, kind=_kind(node), max_tokens=lower.bounds[Dim.N_TOKENS], scale=h.scale
     )
-    operands: tuple[Operand, ...] = (
-        At(node),
-        At(q),
-        At(k),
-        *(At(n) for n in cells),
-        Scratch(node),
-        int(node.attrs["first"]),
-        Dim.N_TOKENS,
-        Dim.N_KV,
-    )
-    return [Launch(node, spec, operands)]
+    return [Launch(node, spec, (*arrays, Scratch(node), *rest))]
 
 
 @lowers("soft_max")

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from codegen.dtypes import DType, f16, f32
-from codegen.formats import CACHE_FORMATS, F16, LATENT_CACHE_TYPES, Q8_KV, BlockFormat
+from codegen.formats import CACHE_FORMATS, F16, LATENT_CACHE_TYPES, Q5_0, Q8_KV, BlockFormat
 from codegen.kernels.attention import ABSORBED, STANDARD
+from codegen.kernels.attention_few import kq_few
 from codegen.kernels.attention_plain import (
     kq,
     kq_scratch_bytes,
@@ -75,6 +76,16 @@ def score_case(kind: str, n_tokens: int, n_kv: int, d_k: int, fmt: BlockFormat) 
     return Case(args, expected)
 
 
+def few_case(n_tokens: int, n_kv: int, d_k: int, fmt: BlockFormat) -> Case:
+    case = score_case(STANDARD, n_tokens, n_kv, d_k, fmt)
+    del case.args["scratch"]
+    return case
+
+
+def few_spec(d_k: int, fmt: BlockFormat) -> Any:
+    return kq_few(n_head=N_HEAD, n_slice=N_SLICE, d_k=d_k, fmt_k=fmt, scale=SCALE)
+
+
 def kq_spec(kind: str, d_k: int, max_tokens: int, fmt: BlockFormat) -> Any:
     sizes = {"kind": kind, "n_head": N_HEAD, "n_slice": N_SLICE, "d_k": d_k}
     return kq(**sizes, max_tokens=max_tokens, fmt_k=fmt, scale=SCALE)
@@ -103,6 +114,24 @@ def test_kq_keeps_to_its_arrays(target: Target, n_tokens: int) -> None:
     case = score_case(STANDARD, n_tokens, 33, 96, F16)
     spec = kq_spec(STANDARD, 96, n_tokens, F16)
     found = run_guarded(spec, target, case.args, outputs=["s"], updates=["scratch"])
+    check_scores(found["s"], case.expected)
+
+
+@each_target
+@pytest.mark.parametrize("fmt", [Q8_KV, F16, Q5_0], ids=lambda fmt: fmt.name)
+def test_kq_few(target: Target, fmt: BlockFormat) -> None:
+    for n_tokens in TOKENS:
+        for n_kv in CELLS:
+            case = few_case(n_tokens, n_kv, 96, fmt)
+            run_kernel(few_spec(96, fmt), target, case.args, n_threads=2)
+            check_scores(case.args["s"], case.expected)
+
+
+@each_target
+@pytest.mark.parametrize("n_tokens", [1, 3])
+def test_kq_few_keeps_to_its_arrays(target: Target, n_tokens: int) -> None:
+    case = few_case(n_tokens, 33, 192, F16)
+    found = run_guarded(few_spec(192, F16), target, case.args, outputs=["s"])
     check_scores(found["s"], case.expected)
 
 
@@ -182,6 +211,7 @@ def test_plain_attention_does_not_depend_on_threads() -> None:
         lambda: score_case(ABSORBED, 7, 700, 96, F16).args,
         ["s"],
     )
+    assert_threads_agree(few_spec(96, F16), target, lambda: few_case(3, 700, 96, F16).args, ["s"])
     rng = np.random.default_rng(0)
     s = rng.standard_normal((N_SLICE, 7, 704)).astype(np.float32)
     vt = rng.standard_normal((128, 704)).astype(np.float16)
