@@ -140,16 +140,15 @@ def plan_context(
     for name, path, few in wanted:
         n_tokens = min(FEW_TOKENS, n_ubatch) if few else n_ubatch
         bounds = {Dim.N_TOKENS: n_tokens, Dim.N_KV: n_ctx, Dim.N_OUT: min(n_out_max, n_tokens)}
-        graph = build_graph(config, weights, options(settings, path, n_ctx, few=few), n_tokens)
+        chosen = options(settings, path, n_ctx, few=few, lanes=target.lanes)
+        graph = build_graph(config, weights, chosen, n_tokens)
         verify(graph, KNOWN_OPS)
         threads = settings.n_threads if few else settings.n_threads_batch
         lower = Lower(target, bounds, threads, few)
         plan = _plan(graph, bounds, lower, keep)
         graphs[name] = PlannedGraph(name, graph, plan, lower)
     layout = cache_layout(config, settings, n_ctx)
-    return ContextPlan(
-        n_ctx, layout, graphs, n_out_max, config.n_vocab, config.n_expert_used
-    )
+    return ContextPlan(n_ctx, layout, graphs, n_out_max, config.n_vocab, config.n_expert_used)
 
 
 def _plan(graph: Graph, bounds: Bounds, lower: Lower, keep: tuple[str, ...]) -> Plan:

@@ -40,13 +40,24 @@ def join(k: Kernel, pieces: list[Value]) -> Value:
 
 def code_groups(k: Kernel, fmt: BlockFormat, blocks: list[Pointer]) -> list[Value]:
     """One block of every row -> a vector of codes per 4 columns, as `dot_i8` wants them."""
-    n, bias, at = k.target.lanes, k.target.weight_bias, fmt.field_offset("qs")
-    first = interleave(k, blocks, at)
+    at = fmt.field_offset("qs")
+    dwords = [interleave(k, blocks, at + 16 * i) for i in range(code_dwords(fmt) // 4)]
+    return unpack_codes(k, fmt, [v for four in dwords for v in four])
+
+
+def code_dwords(fmt: BlockFormat) -> int:
+    """Dwords of codes in a block."""
+    return (fmt.block_bytes - fmt.field_offset("qs")) // 4
+
+
+def unpack_codes(k: Kernel, fmt: BlockFormat, dwords: list[Value]) -> list[Value]:
+    """The same from vectors that hold a dword of every row's codes: all of them, in order."""
+    n, bias = k.target.lanes, k.target.weight_bias
     if fmt.table or fmt.offset:
         table = tuple(v + bias for v in (fmt.table or range(fmt.offset, fmt.offset + 16)))
-        nibbles = [(v >> shift).bits_as(u8 * (4 * n)) & 15 for shift in (0, 4) for v in first]
+        nibbles = [(v >> shift).bits_as(u8 * (4 * n)) & 15 for shift in (0, 4) for v in dwords]
         groups = [k.target.lookup16(k, table, v) for v in nibbles]
     else:
         flip = 0x80808080 if bias else 0
-        groups = [v ^ flip for v in first + interleave(k, blocks, at + 16)]
+        groups = [v ^ flip for v in dwords]
     return [v.bits_as(k.target.weight_type * (4 * n)) for v in groups]

@@ -10,13 +10,15 @@ in tiles; each activation is broadcast once for both halves, and a tile's sums s
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from codegen.dtypes import bf16, f16, f32, i8, i32, i64, u16
 from codegen.formats import BlockFormat
+from codegen.kernels import repacked
 from codegen.kernels.blocks import BLOCK, load_block
 from codegen.kernels.interleave import COLUMNS, GROUPS, code_groups, interleave, turn
-from codegen.kernels.rowdot import Store
+from codegen.kernels.rowdot import L2, Store
 from codegen.targets.base import Target
 from codegen.values import Pointer, Value, Var
 
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
     from codegen.builder import Kernel
 
 HALVES = 2
+ASK_TILES = 4  # tiles of tokens during which the next panel is asked for
 
 
 def panel_rows(target: Target) -> int:
@@ -61,6 +64,16 @@ def decode_panel(
     Rows behind the last are read as the last one; their sums are not stored.
     """
     n, pitch = k.target.lanes, fmt.row_bytes(n_cols)
+    if fmt.interleaved:
+        with k.loop(0, HALVES) as half:
+            first = k.minimum(row0 + half * n, n_rows - n)  # n_rows: whole groups
+            scales = panel.bytes(n_cols * panel_rows(k.target), f32).at(half * n)
+            codes = panel.bytes(half * (4 * n), k.target.weight_type)
+            group = w.bytes(first * pitch)
+            repacked.decode_group(
+                k, fmt, group, codes, scales, n_cols=n_cols, step=panel_rows(k.target)
+            )
+        return
     decode = _decode_floats
     if fmt.is_quantised:
         decode = _decode_codes if fmt.integer_dot else _decode_blocks
@@ -159,23 +172,53 @@ def multiply_panel(
     *,
     n_cols: int,
     x_pitch: int,
+    following: Pointer | None = None,
 ) -> None:
-    """For each token t: store(t, sum over columns of panel * x[t]); x rows are `x_pitch` bytes."""
+    """For each token t: store(t, sum over columns of panel * x[t]); x rows are `x_pitch` bytes.
+
+    While it multiplies, memory is asked for the rows of the next panel, at `following`.
+    """
     done = k.var(k.const(0, i64))
+    ask = _asker(k, fmt, following, n_cols)
     multiply = _multiply_codes if fmt.integer_dot else _multiply_floats
     for size in token_tiles(k.target, fmt):
         last = k.const(n_tokens, i64) - (size - 1)
         with k.loop(done.get(), last, size) as t:
             rows = [x.bytes((t + i) * x_pitch) for i in range(size)]
             totals = [[k.var(k.zeros(f32 * k.target.lanes)) for _ in range(HALVES)] for _ in rows]
-            multiply(k, panel, rows, totals, n_cols)
+            multiply(k, panel, rows, totals, n_cols, ask)
             for i, (first, second) in enumerate(totals):
                 store(t + i, k.concat(first.get(), second.get()))
             done.set(t + size)
 
 
+def _asker(
+    k: Kernel, fmt: BlockFormat, following: Pointer | None, n_cols: int
+) -> Callable[[], None]:
+    """What asks for some more of the next panel's memory, all in all once."""
+    if following is None:
+        return lambda: None
+    line, n_blocks = k.target.cache_line, n_cols // BLOCK
+    n_bytes = panel_rows(k.target) * fmt.row_bytes(n_cols)
+    step = -(-n_bytes // (ASK_TILES * n_blocks * line)) * line
+    asked = k.var(k.const(0, i64))
+
+    def ask() -> None:
+        at = k.minimum(asked.get(), max(0, n_bytes - step))
+        for offset in range(0, step, line):
+            k.prefetch(following.bytes(at).bytes(offset), L2)
+        asked.set(asked.get() + step)
+
+    return ask
+
+
 def _multiply_codes(
-    k: Kernel, panel: Pointer, rows: list[Pointer], totals: list[list[Var]], n_cols: int
+    k: Kernel,
+    panel: Pointer,
+    rows: list[Pointer],
+    totals: list[list[Var]],
+    n_cols: int,
+    ask: Callable[[], None],
 ) -> None:
     """Per block an exact integer dot, then one scaled add in f32.
 
@@ -185,6 +228,7 @@ def _multiply_codes(
     weight_type = k.target.weight_type * (4 * n)
     panel_scales = panel.bytes(n_cols * (HALVES * n), f32)
     with k.loop(0, n_blocks) as b:
+        ask()
         codes = panel.bytes(b * (BLOCK * HALVES * n), k.target.weight_type)
         accs = []
         for row in rows:
@@ -207,7 +251,12 @@ def _multiply_codes(
 
 
 def _multiply_floats(
-    k: Kernel, panel: Pointer, rows: list[Pointer], totals: list[list[Var]], n_cols: int
+    k: Kernel,
+    panel: Pointer,
+    rows: list[Pointer],
+    totals: list[list[Var]],
+    n_cols: int,
+    ask: Callable[[], None],
 ) -> None:
     n = k.target.lanes
     with k.loop(0, n_cols) as j:

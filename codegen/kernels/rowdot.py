@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from codegen.dtypes import f16, f32, i8, i32, i64, u16
@@ -32,6 +33,8 @@ LEAD = 8  # codes: blocks between the copy of a scale and its use
 # walking on in order, the prefetches make the hardware's own prefetcher of this level run ahead.
 L2 = 2
 Store = Callable[[Value, Value], None]  # (token, sums of some rows for it)
+# Block -> (codes of all rows of a group, per 4 columns; their scales), lane = row.
+BlockReader = Callable[[Value], tuple[list[Value], Value]]
 
 
 @dataclass(frozen=True)
@@ -94,10 +97,6 @@ def few_dots(
 
     Lanes from n_rows on hold anything.
     """
-    if fmt.interleaved:
-        group = repacked.Group(rows.first, rows.following)
-        repacked.few_dots(k, fmt, group, x, n_tokens, store, n_cols, x_pitch)
-        return
     multiply = _code_dots if fmt.integer_dot else _float_dots
     if n_tokens == 1:
         zero = k.const(0, i64)
@@ -125,8 +124,32 @@ def _each(k: Kernel, count: Value | int, do: Callable[[Value], None]) -> None:
 
 def _code_dots(k: Kernel, fmt: BlockFormat, rows: Stream, x: Inputs) -> Callable[[Value], Value]:
     """Multiplies a group with all tokens; returns what gives the sums of one of them."""
-    n, pitch, n_blocks = k.target.lanes, fmt.row_bytes(x.n_cols), x.n_cols // BLOCK
+    n, n_blocks = k.target.lanes, x.n_cols // BLOCK
     totals = k.stack(f32 * n, 1 if x.count == 1 else TOGETHER).at(0, f32)
+    _each(k, x.count, lambda t: totals.at(t * n).store(k.zeros(f32 * n)))
+    step = n * fmt.block_bytes
+    further = max(0, AHEAD_BYTES // (n_blocks * step) - 1)  # small groups: not the next one
+    ahead = rows.following.bytes(further * n_blocks * step)
+    read: BlockReader = partial(repacked.load_block, k, fmt, rows.first)
+    if not fmt.interleaved:
+        read = _turning_reader(k, fmt, rows, n_blocks)
+    with k.loop(0, n_blocks) as b:
+        for line in range(0, step, k.target.cache_line):
+            k.prefetch(ahead.bytes(b * step).bytes(line), L2)
+        groups, scale = read(b)
+
+        def meet(t: Value) -> None:
+            place, x_row = totals.at(t * n), x.row(t)
+            dot, x_scale = block_dot(k, groups, x_row, b, n_blocks)
+            place.store(place.load(f32 * n) + dot.to(f32) * (scale * x_scale))
+
+        _each(k, x.count, meet)
+    return lambda t: totals.at(t * n).load(f32 * n)
+
+
+def _turning_reader(k: Kernel, fmt: BlockFormat, rows: Stream, n_blocks: int) -> BlockReader:
+    """Turns the blocks of rows that lie one after another, as in the file."""
+    n, pitch = k.target.lanes, n_blocks * fmt.block_bytes
     # Scales go through the stack, some time before they are used: inserting 16 bits into a register
     # costs more than the codes, and a load must not follow the stores it takes from too closely.
     scales = k.stack(u16 * n, n_blocks + LEAD).at(0, u16)
@@ -137,26 +160,15 @@ def _code_dots(k: Kernel, fmt: BlockFormat, rows: Stream, x: Inputs) -> Callable
             d = row.bytes(fmt.field_offset("d"), u16).bytes(b * fmt.block_bytes)
             scales.at(to * n)[i] = d.load()
 
-    step = n * fmt.block_bytes
-    further = max(0, AHEAD_BYTES // (n_blocks * step) - 1)  # small groups: not the next one
-    ahead = rows.following.bytes(further * n_blocks * step)
-    _each(k, x.count, lambda t: totals.at(t * n).store(k.zeros(f32 * n)))
     with k.loop(0, min(LEAD, n_blocks)) as b:
         copy_scales(b, b)
-    with k.loop(0, n_blocks) as b:
+
+    def read(b: Value) -> tuple[list[Value], Value]:
         copy_scales(b + LEAD, k.minimum(b + LEAD, n_blocks - 1))
-        for line in range(0, step, k.target.cache_line):
-            k.prefetch(ahead.bytes(b * step).bytes(line), L2)
         groups = code_groups(k, fmt, [row.bytes(b * fmt.block_bytes) for row in starts])
-        scale = scales.at(b * n).load(u16 * n).bits_as(f16 * n).to(f32)
+        return groups, scales.at(b * n).load(u16 * n).bits_as(f16 * n).to(f32)
 
-        def meet(t: Value) -> None:
-            place, x_row = totals.at(t * n), x.row(t)
-            dot, x_scale = block_dot(k, groups, x_row, b, n_blocks)
-            place.store(place.load(f32 * n) + dot.to(f32) * (scale * x_scale))
-
-        _each(k, x.count, meet)
-    return lambda t: totals.at(t * n).load(f32 * n)
+    return read
 
 
 def block_dot(
