@@ -96,9 +96,11 @@ def matmul(
     s, n = shape, panel_rows(k.target)
     panel = scratch.bytes(k.thread * scratch_bytes)
     per_head = -(-s.n_rows // n)
-    with k.tiles(per_head * s.n_heads) as tile:
+    with tiles_ahead(k, per_head * s.n_heads) as (tile, next_tile):
         head, first = tile // per_head, tile % per_head * n
         matrix = w.bytes(head * s.w_pitch)
+        next_row = next_tile % per_head * n * fmt.row_bytes(s.n_cols)
+        following = w.bytes(next_tile // per_head * s.w_pitch + next_row)
         decode_panel(k, fmt, matrix, first, panel, n_rows=s.n_rows, n_cols=s.n_cols)
 
         def store(t: Value, total: Value) -> None:
@@ -108,7 +110,10 @@ def matmul(
             store_rows(k, y.at(at), total, first, s.n_rows)
 
         x_rows = x.bytes(head * s.x_head)
-        multiply_panel(k, fmt, panel, x_rows, n_tokens, store, n_cols=s.n_cols, x_pitch=s.x_token)
+        multiply_panel(
+            k, fmt, panel, x_rows, n_tokens, store,
+            n_cols=s.n_cols, x_pitch=s.x_token, following=following,
+        )  # fmt: skip
 
 
 def load_rows(k: Kernel, p: Pointer, t: DType, first: Value, n_rows: int) -> Value:

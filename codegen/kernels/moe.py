@@ -101,6 +101,7 @@ def panel_product(
     k: Kernel,
     w: Matrix,
     first: Value,
+    following: Pointer,
     panel: Pointer,
     x: Pointer,
     n_tokens: Value,
@@ -108,7 +109,10 @@ def panel_product(
 ) -> None:
     """One panel of a matrix meets all tokens."""
     decode_panel(k, w.fmt, w.data, first, panel, n_rows=w.n_rows, n_cols=w.n_cols)
-    multiply_panel(k, w.fmt, panel, x, n_tokens, store, n_cols=w.n_cols, x_pitch=w.x_pitch)
+    multiply_panel(
+        k, w.fmt, panel, x, n_tokens, store,
+        n_cols=w.n_cols, x_pitch=w.x_pitch, following=following,
+    )  # fmt: skip
 
 
 def gated_panel(
@@ -119,17 +123,18 @@ def gated_panel(
     x: Pointer,
     n_tokens: Value,
     first: Value,
+    following: Pointer,
     panel: Pointer,
 ) -> None:
     """y[t, first:] = silu(gate x[t]) * (up x[t]) for one panel."""
 
     def multiply(w: Matrix, following: Pointer, store: Store) -> None:
-        panel_product(k, w, first, panel, x, n_tokens, store)
+        panel_product(k, w, first, following, panel, x, n_tokens, store)
 
     def place(t: Value) -> Pointer:
         return y.at(t * gate.n_rows + first)
 
-    gated(k, gate, up, first, gate.row(first + panel_rows(k.target)), place, multiply)
+    gated(k, gate, up, first, following, place, multiply)
 
 
 @kernel(y=ptr(f32), gate=ptr(u8), up=ptr(u8), x=ptr(u8), scratch=ptr(u8), n_tokens=dim())
@@ -151,22 +156,24 @@ def up_gate(
     """y[t] = silu(gate x[t]) * (up x[t]): a dense layer, or the shared experts."""
     panel, n = scratch.bytes(k.thread * scratch_bytes), panel_rows(k.target)
     gates, ups = Matrix(gate, fmt_gate, n_rows, n_cols), Matrix(up, fmt_up, n_rows, n_cols)
-    with k.tiles(-(-n_rows // n)) as tile:
-        gated_panel(k, y, gates, ups, x, n_tokens, tile * n, panel)
+    with tiles_ahead(k, -(-n_rows // n)) as (tile, next_tile):
+        gated_panel(k, y, gates, ups, x, n_tokens, tile * n, gates.row(next_tile * n), panel)
 
 
 @contextmanager
 def expert_panels(
-    k: Kernel, offsets: Pointer, n_rows: int, n_expert: int
-) -> Iterator[tuple[Value, Value, Value, Value]]:
-    """(expert, first row of the panel, first sorted position, number of positions)."""
+    k: Kernel, offsets: Pointer, w: Matrix, n_expert: int
+) -> Iterator[tuple[Value, Value, Pointer, Value, Value]]:
+    """(expert, first row of the panel, the stack's panel after it, first sorted position, number of
+    positions)."""
     n = panel_rows(k.target)
-    panels = -(-n_rows // n)
-    with k.tiles(panels * n_expert) as tile:
+    panels = -(-w.n_rows // n)
+    with tiles_ahead(k, panels * n_expert) as (tile, next_tile):
         expert, first = tile // panels, tile % panels * n
         start, count = positions(offsets, expert)
         with k.when(count > 0):
-            yield expert, first, start, count
+            following = w.expert(next_tile // panels).row(next_tile % panels * n)
+            yield expert, first, following, start, count
 
 
 def positions(offsets: Pointer, expert: Value) -> tuple[Value, Value]:
@@ -195,9 +202,11 @@ def moe_up_gate(
     """y[i] = silu(gate_e x[i]) * (up_e x[i]) for every sorted position i of every expert e."""
     panel = scratch.bytes(k.thread * scratch_bytes)
     gates, ups = Matrix(gate, fmt_gate, n_rows, n_cols), Matrix(up, fmt_up, n_rows, n_cols)
-    with expert_panels(k, offsets, n_rows, n_expert) as (expert, first, start, count):
+    with expert_panels(k, offsets, gates, n_expert) as (expert, first, following, start, count):
         rows, out = x.bytes(start * gates.x_pitch), y.at(start * n_rows)
-        gated_panel(k, out, gates.expert(expert), ups.expert(expert), rows, count, first, panel)
+        gated_panel(
+            k, out, gates.expert(expert), ups.expert(expert), rows, count, first, following, panel
+        )
 
 
 @kernel(y=ptr(f32), w=ptr(u8), x=ptr(u8), offsets=ptr(i32), scratch=ptr(u8))
@@ -217,13 +226,13 @@ def moe_matmul(
 ) -> None:
     """y[i] = w_e x[i] for every sorted position i of every expert e."""
     panel, experts = scratch.bytes(k.thread * scratch_bytes), Matrix(w, fmt, n_rows, n_cols)
-    with expert_panels(k, offsets, n_rows, n_expert) as (expert, first, start, count):
+    with expert_panels(k, offsets, experts, n_expert) as (expert, first, following, start, count):
 
         def store(i: Value, total: Value) -> None:
             store_rows(k, y.at((start + i) * n_rows + first), total, first, n_rows)
 
         rows = x.bytes(start * experts.x_pitch)
-        panel_product(k, experts.expert(expert), first, panel, rows, count, store)
+        panel_product(k, experts.expert(expert), first, following, panel, rows, count, store)
 
 
 @kernel(
@@ -256,10 +265,15 @@ def moe_down(
     so no two threads add to the same place and the order of additions is fixed."""
     panel, experts = scratch.bytes(k.thread * scratch_bytes), Matrix(w, fmt, n_rows, n_cols)
     n = panel_rows(k.target)
-    with k.tiles(-(-n_rows // n)) as tile:
+    with tiles_ahead(k, -(-n_rows // n)) as (tile, next_tile):
         first = tile * n
         with k.loop(0, n_expert) as expert:
             start, count = positions(offsets, expert)
+            following = k.select_pointer(
+                expert.eq(n_expert - 1),
+                experts.row(next_tile * n),
+                experts.expert(expert + 1).row(first),
+            )
 
             def store(i: Value, total: Value, start: Value = start) -> None:
                 slot = order[start + i].to(i64)
@@ -269,7 +283,8 @@ def moe_down(
 
             with k.when((count > 0) & k.cancelled().eq(0)):
                 rows = x.bytes(start * experts.x_pitch)
-                panel_product(k, experts.expert(expert), first, panel, rows, count, store)
+                matrix = experts.expert(expert)
+                panel_product(k, matrix, first, following, panel, rows, count, store)
 
 
 # -- few tokens -----------------------------------------------------------------------------------
