@@ -78,5 +78,3 @@ def read_memory(k: Kernel, out: Pointer, data: Pointer, n_bytes: Value) -> None:
     for acc in accs[1:]:
         total = total ^ acc.get()
     out.at(k.thread * 16).store((total & 1).to(f32))
-
-
