@@ -49,10 +49,10 @@ def repack_notes(plan: ContextPlan, settings: RunSettings) -> list[str]:
         return []
     if not any(m.source for m in plan.derived()):
         return ["-rtr has no effect: no weight can be interleaved (Q8_0, Q4_0 and IQ4_NL can)"]
-    left = plan.left_by_rtr()
-    shown = ", ".join(f"{m.name} ({m.fmt.name}, {m.n_rows} rows)" for m in left[:_SHOWN])
-    more = ", ..." if len(left) > _SHOWN else ""
-    return [f"-rtr leaves {len(left)} quantised weights as they are: {shown}{more}"] if left else []
+    left = [f"{m.name} ({m.fmt.name}, {m.n_rows} rows)" for m in plan.left_by_rtr()]
+    if len(left) > _SHOWN:
+        left[_SHOWN:] = [f"{len(left) - _SHOWN} more"]
+    return [f"-rtr leaves as it is: {', '.join(left)}"] if left else []
 
 
 def cache_names(kinds: Iterable[str], settings: RunSettings) -> dict[str, str]:
