@@ -147,7 +147,8 @@ class Request:
 
 
 def notes(settings: RunSettings, request: Request | None = None) -> list[str]:
-    """A line for every flag that was given but changes nothing with the others as they are."""
+    """A line for every flag that was given but changes nothing with the others as they are, or
+    only does harm."""
     found = []
     if request is not None and request.raw and request.system:
         found.append("-sys has no effect with --no-cnv: no chat template is used")
@@ -162,6 +163,10 @@ def notes(settings: RunSettings, request: Request | None = None) -> list[str]:
         found.append(
             f"-amb {settings.amb_mib} has no effect with -fa on and -mla {settings.mla}: "
             "K*Q is never stored"
+        )
+    if settings.rtr and not settings.mmap:
+        found.append(
+            "--no-mmap with -rtr holds the weights twice: the copies alone are what is read"
         )
     if settings.mla_threshold is not None and settings.mla in (0, 1):
         found.append(f"--mla-threshold has no effect with -mla {settings.mla}: one path only")

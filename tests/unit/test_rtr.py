@@ -13,7 +13,7 @@ from mlacli.fit import planned_need
 from mlacli.graph.matrix import Matrix
 from mlacli.report import Report, make_report, report_text
 from mlacli.session import progress_lines
-from mlacli.settings import RunSettings
+from mlacli.settings import RunSettings, notes
 from tests.conftest import TinyModel
 from tests.engines import all_logits, make_engine, shared_jit
 
@@ -187,6 +187,12 @@ def test_what_stays_as_it_is_is_named(tiny_model: TinyModel) -> None:
     flags: dict[str, Any] = {"n_ubatch": 64, "mla": 1}
     expected = all_logits(make_engine(path, **flags), TOKENS[:70])
     assert np.array_equal(all_logits(make_engine(path, rtr=True, **flags), TOKENS[:70]), expected)
+
+
+def test_two_copies_of_the_weights_are_named() -> None:
+    line = "--no-mmap with -rtr holds the weights twice: the copies alone are what is read"
+    assert line in notes(RunSettings(rtr=True, mmap=False))
+    assert line not in notes(RunSettings(rtr=True)) + notes(RunSettings(mmap=False))
 
 
 def test_need_of_a_plan_counts_copies(tiny_model: TinyModel) -> None:
