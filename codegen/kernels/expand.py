@@ -17,7 +17,7 @@ from codegen.kernel import dim, kernel, ptr
 from codegen.kernels.activations import quantize_block, row_bytes, scales_offset, sums_offset
 from codegen.kernels.blocks import BLOCK, load_block
 from codegen.kernels.matmul import store_rows
-from codegen.kernels.panel import decode_panel, multiply_panel, panel_rows
+from codegen.kernels.panel import Rows, multiply_rows, panel_rows
 from codegen.kernels.rows import store_vectors
 from codegen.values import Pointer, Value
 
@@ -40,7 +40,7 @@ class Part:
 
 
 def latent_pitch(fmt: BlockFormat, n_lora: int) -> int:
-    """Bytes of one row as `multiply_panel` reads it for weights of this format."""
+    """Bytes of one row as `multiply_rows` reads it for weights of this format."""
     return row_bytes(n_lora) if fmt.integer_dot else 4 * n_lora
 
 
@@ -92,13 +92,15 @@ def expand_heads(
     with k.tiles(per_head * part.n_heads, counter) as tile:
         head, first = tile // per_head, tile % per_head * n
         matrix = w.cast(u8).bytes(head * part.pitch)
-        decode_panel(k, part.fmt, matrix, first, panel, n_rows=part.n_rows, n_cols=part.n_lora)
 
         def store(i: Value, total: Value) -> None:
             at = i * out_row + head * out_head + first
             store_rows(k, out.at(at), total, first, part.n_rows)
 
-        multiply_panel(k, part.fmt, panel, rows, n_rows, store, n_cols=part.n_lora, x_pitch=pitch)
+        multiply_rows(
+            k, part.fmt, Rows(matrix, first, part.n_rows), rows, n_rows, store, panel,
+            n_cols=part.n_lora, x_pitch=pitch,
+        )  # fmt: skip
 
 
 @kernel(out=ptr(f32), cache=ptr(u8), w=ptr(u8), rows=ptr(u8), panels=ptr(u8), n_kv=dim())

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from codegen.dtypes import u8, u32
+from codegen.dtypes import u8, u16, u32
 from codegen.formats import BlockFormat
 from codegen.kernels.blocks import BLOCK
 from codegen.values import Pointer, Value
@@ -43,6 +43,19 @@ def code_groups(k: Kernel, fmt: BlockFormat, blocks: list[Pointer]) -> list[Valu
     at = fmt.field_offset("qs")
     dwords = [interleave(k, blocks, at + 16 * i) for i in range(code_dwords(fmt) // 4)]
     return unpack_codes(k, fmt, [v for four in dwords for v in four])
+
+
+def copy_scales(k: Kernel, fmt: BlockFormat, blocks: list[Pointer], to: Pointer) -> None:
+    """to[i] = the scale of row i's block as it is stored, in two bytes.
+
+    Through memory, to be loaded as a vector some time later: inserting 16 bits into a register
+    costs more than the codes do. In pairs: one store each would hold up everything else.
+    """
+    at = fmt.field_offset("d")
+    pairs = zip(blocks[0::2], blocks[1::2], strict=True)
+    for i, pair in enumerate(pairs):
+        low, high = (block.bytes(at, u16).load().to(u32) for block in pair)
+        to.cast(u32)[i] = low | (high << 16)
 
 
 def code_dwords(fmt: BlockFormat) -> int:

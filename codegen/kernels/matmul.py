@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from codegen.dtypes import DType, f32, u8
 from codegen.formats import BlockFormat
 from codegen.kernel import dim, kernel, ptr
-from codegen.kernels.panel import decode_panel, multiply_panel, panel_rows
+from codegen.kernels.panel import Rows, multiply_rows, panel_rows
 from codegen.kernels.rowdot import Stream, few_dots, group_size, tiles_ahead
 from codegen.values import Pointer, Value
 
@@ -101,7 +101,6 @@ def matmul(
         matrix = w.bytes(head * s.w_pitch)
         next_row = next_tile % per_head * n * fmt.row_bytes(s.n_cols)
         following = w.bytes(next_tile // per_head * s.w_pitch + next_row)
-        decode_panel(k, fmt, matrix, first, panel, n_rows=s.n_rows, n_cols=s.n_cols)
 
         def store(t: Value, total: Value) -> None:
             at = t * s.y_token + head * s.y_head + first
@@ -110,8 +109,8 @@ def matmul(
             store_rows(k, y.at(at), total, first, s.n_rows)
 
         x_rows = x.bytes(head * s.x_head)
-        multiply_panel(
-            k, fmt, panel, x_rows, n_tokens, store,
+        multiply_rows(
+            k, fmt, Rows(matrix, first, s.n_rows), x_rows, n_tokens, store, panel,
             n_cols=s.n_cols, x_pitch=s.x_token, following=following,
         )  # fmt: skip
 

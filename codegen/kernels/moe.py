@@ -19,13 +19,15 @@ from codegen.formats import BlockFormat
 from codegen.kernel import dim, kernel, ptr
 from codegen.kernels.activations import row_bytes
 from codegen.kernels.matmul import ROWS_PER_TILE, load_rows, store_rows
-from codegen.kernels.panel import decode_panel, multiply_panel, panel_rows
+from codegen.kernels.panel import Rows, multiply_rows, panel_rows
 from codegen.kernels.rowdot import Store, Stream, few_dots, group_size, tiles_ahead
 from codegen.values import Pointer, Value
 from codegen.vecmath import silu
 
 if TYPE_CHECKING:
     from codegen.builder import Kernel
+
+PANELS_PER_PART, PARTS_PER_THREAD = 8, 4
 
 
 @dataclass(frozen=True)
@@ -108,9 +110,8 @@ def panel_product(
     store: Store,
 ) -> None:
     """One panel of a matrix meets all tokens."""
-    decode_panel(k, w.fmt, w.data, first, panel, n_rows=w.n_rows, n_cols=w.n_cols)
-    multiply_panel(
-        k, w.fmt, panel, x, n_tokens, store,
+    multiply_rows(
+        k, w.fmt, Rows(w.data, first, w.n_rows), x, n_tokens, store, panel,
         n_cols=w.n_cols, x_pitch=w.x_pitch, following=following,
     )  # fmt: skip
 
@@ -261,30 +262,41 @@ def moe_down(
     n_used: int,
     scratch_bytes: int,
 ) -> None:
-    """y[token] += weight * (w_e x[i]): a panel of y's rows goes through its experts in id order,
-    so no two threads add to the same place and the order of additions is fixed."""
+    """y[token] += weight * (w_e x[i]): a part of y's rows goes through its experts in id order, so
+    no two threads add to the same place and the order of additions is fixed.
+
+    A part is several panels, as far as there are threads for all parts: an expert's activations
+    are read again for each panel, while they are near.
+    """
     panel, experts = scratch.bytes(k.thread * scratch_bytes), Matrix(w, fmt, n_rows, n_cols)
-    n = panel_rows(k.target)
-    with tiles_ahead(k, -(-n_rows // n)) as (tile, next_tile):
-        first = tile * n
+    n, panels = panel_rows(k.target), k.const(-(-n_rows // panel_rows(k.target)), i64)
+    height = n * k.maximum(
+        1, k.minimum(PANELS_PER_PART, panels // (PARTS_PER_THREAD * k.n_threads))
+    )
+    with tiles_ahead(k, (n_rows + height - 1) // height) as (tile, next_tile):
+        start, next_start = tile * height, next_tile * height
         with k.loop(0, n_expert) as expert:
-            start, count = positions(offsets, expert)
-            following = k.select_pointer(
+            position, count = positions(offsets, expert)
+            after = k.select_pointer(
                 expert.eq(n_expert - 1),
-                experts.row(next_tile * n),
-                experts.expert(expert + 1).row(first),
+                experts.row(next_start),
+                experts.expert(expert + 1).row(start),
             )
-
-            def store(i: Value, total: Value, start: Value = start) -> None:
-                slot = order[start + i].to(i64)
-                place = y.at(slot // n_used * n_rows + first)
-                added = load_rows(k, place, total.type, first, n_rows) + total * weights[slot]
-                store_rows(k, place, added, first, n_rows)
-
             with k.when((count > 0) & k.cancelled().eq(0)):
-                rows = x.bytes(start * experts.x_pitch)
-                matrix = experts.expert(expert)
-                panel_product(k, matrix, first, following, panel, rows, count, store)
+                rows, matrix = x.bytes(position * experts.x_pitch), experts.expert(expert)
+                stop = k.minimum(start + height, n_rows)
+                with k.loop(start, stop, n) as first:
+
+                    def store(
+                        i: Value, total: Value, position: Value = position, first: Value = first
+                    ) -> None:
+                        slot = order[position + i].to(i64)
+                        place = y.at(slot // n_used * n_rows + first)
+                        added = load_rows(k, place, total.type, first, n_rows)
+                        store_rows(k, place, added + total * weights[slot], first, n_rows)
+
+                    following = k.select_pointer(first + n < stop, matrix.row(first + n), after)
+                    panel_product(k, matrix, first, following, panel, rows, count, store)
 
 
 # -- few tokens -----------------------------------------------------------------------------------

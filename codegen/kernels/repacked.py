@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING
 from codegen.dtypes import f16, f32, u8, u16, u32
 from codegen.formats import BlockFormat
 from codegen.kernel import kernel, ptr, value
-from codegen.kernels.blocks import BLOCK
-from codegen.kernels.interleave import COLUMNS, code_dwords, unpack_codes
+from codegen.kernels.interleave import code_dwords, unpack_codes
 from codegen.values import Pointer, Value
 
 if TYPE_CHECKING:
@@ -63,15 +62,3 @@ def load_block(k: Kernel, fmt: BlockFormat, group: Pointer, b: Value) -> tuple[l
     scales, codes = _fields(fmt, group, b)
     dwords = [codes.at(j * n).load(u32 * n) for j in range(code_dwords(fmt))]
     return unpack_codes(k, fmt, dwords), scales.load(f16 * n).to(f32)
-
-
-def decode_group(
-    k: Kernel, fmt: BlockFormat, group: Pointer, codes: Pointer, scales: Pointer,
-    *, n_cols: int, step: int,
-) -> None:  # fmt: skip
-    """Decode a group into its half of a panel (panel.py), whose vectors are `step` rows apart."""
-    with k.loop(0, n_cols // BLOCK) as b:
-        groups, scale = load_block(k, fmt, group, b)
-        for g, four in enumerate(groups):
-            codes.at(b * (BLOCK * step)).at(g * (COLUMNS * step)).store(four)
-        scales.at(b * step).store(scale)

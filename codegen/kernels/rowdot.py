@@ -18,7 +18,7 @@ from codegen.dtypes import f16, f32, i8, i32, i64, u16
 from codegen.formats import BlockFormat
 from codegen.kernels import repacked
 from codegen.kernels.blocks import BLOCK, block_at, load_block
-from codegen.kernels.interleave import COLUMNS, code_groups
+from codegen.kernels.interleave import COLUMNS, code_groups, copy_scales
 from codegen.values import Pointer, Value
 from codegen.vecmath import transpose_sum
 
@@ -150,21 +150,18 @@ def _code_dots(k: Kernel, fmt: BlockFormat, rows: Stream, x: Inputs) -> Callable
 def _turning_reader(k: Kernel, fmt: BlockFormat, rows: Stream, n_blocks: int) -> BlockReader:
     """Turns the blocks of rows that lie one after another, as in the file."""
     n, pitch = k.target.lanes, n_blocks * fmt.block_bytes
-    # Scales go through the stack, some time before they are used: inserting 16 bits into a register
-    # costs more than the codes, and a load must not follow the stores it takes from too closely.
     scales = k.stack(u16 * n, n_blocks + LEAD).at(0, u16)
     starts = [rows.first.bytes(rows.at_most(k, i) * pitch) for i in range(n)]
 
-    def copy_scales(to: Value, b: Value) -> None:
-        for i, row in enumerate(starts):
-            d = row.bytes(fmt.field_offset("d"), u16).bytes(b * fmt.block_bytes)
-            scales.at(to * n)[i] = d.load()
+    def copy(to: Value, b: Value) -> None:
+        blocks = [row.bytes(b * fmt.block_bytes) for row in starts]
+        copy_scales(k, fmt, blocks, scales.at(to * n))
 
     with k.loop(0, min(LEAD, n_blocks)) as b:
-        copy_scales(b, b)
+        copy(b, b)
 
     def read(b: Value) -> tuple[list[Value], Value]:
-        copy_scales(b + LEAD, k.minimum(b + LEAD, n_blocks - 1))
+        copy(b + LEAD, k.minimum(b + LEAD, n_blocks - 1))
         groups = code_groups(k, fmt, [row.bytes(b * fmt.block_bytes) for row in starts])
         return groups, scales.at(b * n).load(u16 * n).bits_as(f16 * n).to(f32)
 

@@ -34,7 +34,7 @@ from tests.kernels.matrices import (
 )
 
 MOST_THREADS = 5
-TOKENS = (1, 2, 3, 5, 16, 17, 40)
+TOKENS = (1, 2, 3, 5, 16, 17, 40, 100)
 # (rows, columns, heads, residual): every size against every format and target is too many kernels,
 # so each pair of format and target takes three of these in turn.
 CASES = (
