@@ -31,7 +31,11 @@ def multiply_adds(what: str, lanes: int, registers: int) -> int:
 
 @kernel(out=ptr(f32), seed=ptr(u8), rounds=value())
 def peak(k: Kernel, out: Pointer, seed: Pointer, rounds: Value, *, what: str) -> None:
-    """`rounds` times: every accumulator gets one dot product of registers loaded once."""
+    """`rounds` times: every accumulator gets one dot product.
+
+    Integer codes are the accumulator's own bits: of operands that stay the same, products made of
+    several instructions would be computed once, and only their sums be left to measure.
+    """
     n = k.target.lanes
     sum_type = i32 if what == "int8" else f32
     accs = [k.var(k.zeros(sum_type * n)) for _ in range(accumulators(k.target.registers))]
@@ -39,7 +43,7 @@ def peak(k: Kernel, out: Pointer, seed: Pointer, rounds: Value, *, what: str) ->
     with k.loop(0, rounds):
         for acc in accs:
             if what == "int8":
-                acc.set(k.dot_i8(acc.get(), a, b))
+                acc.set(k.dot_i8(acc.get(), a, acc.get().bits_as(b.type)))
             elif what == "bf16":
                 acc.set(k.target.dot_bf16(k, acc.get(), a, b))
             else:

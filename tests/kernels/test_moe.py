@@ -301,7 +301,7 @@ def test_one_expert_for_all(target: Target, fmt: BlockFormat) -> None:
 
 
 @each_target
-@pytest.mark.parametrize("fmt", [IQ4_NL, Q8_0, F32], ids=lambda fmt: fmt.name)
+@pytest.mark.parametrize("fmt", [IQ4_NL, F32], ids=lambda fmt: fmt.name)
 @pytest.mark.parametrize("exact", [False, True], ids=["normal", "exact"])
 def test_fused_is_separate(target: Target, fmt: BlockFormat, exact: bool) -> None:
     """-fmoe and -no-fmoe give the same bits, for prompts and for few tokens."""
