@@ -71,6 +71,12 @@ def test_bytes_per_token(v2_lite: Model, v3: Model) -> None:
         "c^KV (q8_KV)": 985.5,
         "kv^T (f16)": 1728.0,
     }
+    exact = reported(v2_lite, mla=1, flash_attn=False, type_k="f32", n_ctx=65536)
+    assert {name: kind.nbytes / MIB for name, kind in exact.cache.kinds.items()} == {
+        "c^KV (f32)": 3888.0,
+        "kv^T (f32)": 3456.0,
+    }
+    assert "kv^T (f32): 3456.00 MiB" in "\n".join(exact.buffer_lines)
 
 
 def test_graphs_are_those_of_the_plan(v2_lite: Model) -> None:
