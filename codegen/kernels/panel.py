@@ -7,7 +7,6 @@ an activation is broadcast once for both halves of the rows, and a tile's sums s
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from codegen.dtypes import f32, i8, i32, i64
@@ -17,6 +16,7 @@ from codegen.kernels.interleave import COLUMNS, GROUPS
 from codegen.kernels.panel_decode import (
     HALVES,
     TOKENS,
+    Ask,
     Panel,
     Part,
     Rows,
@@ -32,8 +32,9 @@ from codegen.values import Pointer, Value, Var
 if TYPE_CHECKING:
     from codegen.builder import Kernel
 
-ASK_TILES = 4  # tiles of tokens during which the next panel is asked for
-Ask = Callable[[], None]
+# Decoding goes over each block twice, once per half, and asks for a quarter of the next panel;
+# tiles of tokens ask for a sixth each. All at once would hold up what is read meanwhile.
+DECODE_SHARES, TILE_SHARES = 8, 6
 
 
 def token_tiles(target: Target, fmt: BlockFormat) -> tuple[int, ...]:
@@ -65,11 +66,12 @@ def multiply_rows(
         n_cols // BLOCK,
         part_blocks(k.target, fmt),
     )
-    ask = _asker(panel, following)
+    asker = _Asker(panel, following)
+    in_decode, ask = asker.per_block(DECODE_SHARES), asker.per_block(TILE_SHARES)
     if n_blocks <= size:
         zero = k.const(0, i64)
         part = Part(zero, k.const(n_blocks, i64), zero)
-        decode(panel, rows, part)
+        decode(panel, rows, part, in_decode)
         _multiply(panel, part, x, zero, n_tokens, x_pitch, ask, store)
         return
     # The first tokens meet the parts as they are decoded. If there are no others, parts are needed
@@ -82,26 +84,33 @@ def multiply_rows(
         with k.loop(0, n_blocks, step) as b:
             part = Part(b, k.minimum(n_blocks - b, step), k.select(few, k.const(0, i64), b))
             with k.when(decoding):
-                decode(panel, rows, part)
+                decode(panel, rows, part, in_decode)
             _multiply(panel, part, x, turn * TOKENS, count, x_pitch, ask, store)
 
 
-def _asker(panel: Panel, following: Pointer | None) -> Ask:
-    """What asks for some more of the next panel's memory, all in all once."""
-    k, line = panel.k, panel.k.target.cache_line
-    if following is None:
-        return lambda: None
-    n_bytes = panel.n_rows * panel.fmt.row_bytes(panel.n_cols)
-    step = -(-n_bytes // (ASK_TILES * (panel.n_cols // BLOCK) * line)) * line
-    asked = k.var(k.const(0, i64))
+class _Asker:
+    """Asks for the next panel's memory, some lines at a time, all in all once."""
 
-    def ask() -> None:
-        at = k.minimum(asked.get(), max(0, n_bytes - step))
-        for offset in range(0, step, line):
-            k.prefetch(following.bytes(at).bytes(offset), L2)
-        asked.set(asked.get() + step)
+    def __init__(self, panel: Panel, following: Pointer | None) -> None:
+        self.k, self.following = panel.k, following
+        self.n_bytes = panel.n_rows * panel.fmt.row_bytes(panel.n_cols)
+        self.n_blocks = panel.n_cols // BLOCK
+        self.asked = panel.k.var(panel.k.const(0, i64))
 
-    return ask
+    def per_block(self, shares: int) -> Ask:
+        """What to call for each block of columns, so that `shares` passes over them ask for all."""
+        k, line = self.k, self.k.target.cache_line
+        step = max(1, round(self.n_bytes / (shares * self.n_blocks * line))) * line
+
+        def ask() -> None:
+            if self.following is None:
+                return
+            at = k.minimum(self.asked.get(), max(0, self.n_bytes - step))
+            for offset in range(0, step, line):
+                k.prefetch(self.following.bytes(at).bytes(offset), L2)
+            self.asked.set(self.asked.get() + step)
+
+        return ask
 
 
 def _multiply(

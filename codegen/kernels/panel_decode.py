@@ -8,6 +8,7 @@ Lane = row: half h holds rows h * lanes, h * lanes + 1, ... of the panel.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 HALVES = 2
 PART_BYTES = 16384  # what is decoded at a time: it stays in the first-level cache
 TOKENS = 96  # tokens whose sums wait in the scratch for the next part
+Ask = Callable[[], None]
 
 
 def panel_rows(target: Target) -> int:
@@ -122,18 +124,18 @@ class Rows:
         return self.w.bytes(panel.k.minimum(self.first + half * n, self.n_rows - n) * pitch)
 
 
-def decode(panel: Panel, rows: Rows, part: Part) -> None:
-    """Decode a part of the rows."""
+def decode(panel: Panel, rows: Rows, part: Part, ask: Ask) -> None:
+    """Decode a part of the rows; `ask` is called for each block."""
     k, fmt = panel.k, panel.fmt
     with k.loop(0, HALVES) as half:
         if fmt.interleaved:
-            _copy_groups(panel, rows.group(panel, half), half, part)
+            _copy_groups(panel, rows.group(panel, half), half, part, ask)
         elif fmt.integer_dot:
-            _decode_codes(panel, rows.half(panel, half), half, part)
+            _decode_codes(panel, rows.half(panel, half), half, part, ask)
         elif fmt.is_quantised:
-            _decode_blocks(panel, rows.half(panel, half), half, part)
+            _decode_blocks(panel, rows.half(panel, half), half, part, ask)
         else:
-            _decode_floats(panel, rows.half(panel, half), half, part)
+            _decode_floats(panel, rows.half(panel, half), half, part, ask)
     if fmt.integer_dot and not fmt.interleaved:
         _convert_scales(panel, part)
 
@@ -144,17 +146,19 @@ def _store_codes(panel: Panel, groups: list[Value], half: Value, b: Value) -> No
         out.at(g * (COLUMNS * panel.n_rows)).store(codes)
 
 
-def _copy_groups(panel: Panel, group: Pointer, half: Value, part: Part) -> None:
+def _copy_groups(panel: Panel, group: Pointer, half: Value, part: Part, ask: Ask) -> None:
     k, n = panel.k, panel.k.target.lanes
     with k.loop(0, part.count) as i:
+        ask()
         groups, scale = repacked.load_block(k, panel.fmt, group, part.first + i)
         _store_codes(panel, groups, half, part.to + i)
         panel.scales(part.to + i).at(half * n).store(scale)
 
 
-def _decode_codes(panel: Panel, rows: list[Pointer], half: Value, part: Part) -> None:
+def _decode_codes(panel: Panel, rows: list[Pointer], half: Value, part: Part, ask: Ask) -> None:
     k, n, fmt = panel.k, panel.k.target.lanes, panel.fmt
     with k.loop(0, part.count) as i:
+        ask()
         blocks = [row.bytes((part.first + i) * fmt.block_bytes) for row in rows]
         _store_codes(panel, code_groups(k, fmt, blocks), half, part.to + i)
         copy_scales(k, fmt, blocks, panel.copies.at(i * panel.n_rows).at(half * n))
@@ -167,27 +171,30 @@ def _convert_scales(panel: Panel, part: Part) -> None:
         panel.scales(part.to + i).store(copies.bits_as(f16 * n).to(f32))
 
 
-def _decode_floats(panel: Panel, rows: list[Pointer], half: Value, part: Part) -> None:
+def _decode_floats(panel: Panel, rows: list[Pointer], half: Value, part: Part, ask: Ask) -> None:
     k, n, source = panel.k, panel.k.target.lanes, panel.fmt.fields[0].type
     per_chunk = 16 // source.nbytes
     chunks = BLOCK // per_chunk
     out = panel.floats(part.to).at(half * n)
-    with k.loop(0, part.count * chunks) as c:
-        values = []
-        for v in interleave(k, rows, (part.first * chunks + c) * 16):
-            if source == f32:
-                values.append(v.bits_as(f32 * n))
-            else:
-                halves = [(v & 0xFFFF).to(u16), (v >> 16).to(u16)]
-                values += [h.bits_as(_stored(source, n)).to(f32) for h in halves]
-        for i, value in enumerate(values):
-            out.at((c * per_chunk + i) * panel.n_rows).store(value)
+    with k.loop(0, part.count) as b:
+        ask()
+        with k.loop(b * chunks, (b + 1) * chunks) as c:
+            values = []
+            for v in interleave(k, rows, (part.first * chunks + c) * 16):
+                if source == f32:
+                    values.append(v.bits_as(f32 * n))
+                else:
+                    halves = [(v & 0xFFFF).to(u16), (v >> 16).to(u16)]
+                    values += [h.bits_as(_stored(source, n)).to(f32) for h in halves]
+            for i, value in enumerate(values):
+                out.at((c * per_chunk + i) * panel.n_rows).store(value)
 
 
-def _decode_blocks(panel: Panel, rows: list[Pointer], half: Value, part: Part) -> None:
+def _decode_blocks(panel: Panel, rows: list[Pointer], half: Value, part: Part, ask: Ask) -> None:
     """Formats that have no integer dot, as f32."""
     k, n = panel.k, panel.k.target.lanes
     with k.loop(0, part.count) as i:
+        ask()
         blocks = [load_block(k, panel.fmt, row, part.first + i) for row in rows]
         out = panel.floats(part.to + i).at(half * n)
         for column in range(0, BLOCK, 4):
