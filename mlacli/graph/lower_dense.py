@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from codegen.kernels import activations, layers, matmul, moe, panel
+from codegen.kernels import activations, layers, matmul, moe, moe_few, panel
 from codegen.kernels.matmul import Shape
 from mlacli.graph.lower import At, Launch, Lower, Operand, Scratch, lowers
 from mlacli.graph.matrix import Matrix
@@ -110,7 +110,7 @@ def _up_gate(lower: Lower, node: Node) -> list[Launch]:
     }
     operands = (At(node), At(gate), At(up), At(x))
     if lower.few:
-        return [Launch(node, moe.up_gate_vec(**sizes), (*operands, lower.tokens(node)))]
+        return [Launch(node, moe_few.up_gate_vec(**sizes), (*operands, lower.tokens(node)))]
     per_thread = max(panel_scratch(lower, n.attrs["matrix"]) for n in (gate, up))
     spec = moe.up_gate(**sizes, scratch_bytes=per_thread)
     return [Launch(node, spec, (*operands, Scratch(node), lower.tokens(node)))]

@@ -8,7 +8,7 @@ Layouts of the two tables, at their upper bounds:
 
 from __future__ import annotations
 
-from codegen.kernels import layers, moe, router
+from codegen.kernels import layers, moe, moe_few, router
 from mlacli.graph.lower import At, Launch, Lower, Operand, Scratch, lowers
 from mlacli.graph.lower_dense import panel_scratch, row_pitch
 from mlacli.graph.matrix import Matrix
@@ -95,7 +95,7 @@ def _moe_up_gate(lower: Lower, node: Node) -> list[Launch]:
     formats = {"fmt_gate": m.fmt, "fmt_up": up.attrs["matrix"].fmt}
     operands = (At(node), At(gate), At(up), At(x), At(table))
     if lower.few:
-        spec = moe.moe_up_gate_vec(**_sizes(gate), **formats, n_used=lower.size(table, -1))
+        spec = moe_few.moe_up_gate_vec(**_sizes(gate), **formats, n_used=lower.size(table, -1))
         return [Launch(node, spec, (*operands, lower.tokens(node)))]
     per_thread = max(panel_scratch(lower, w.attrs["matrix"]) for w in (gate, up))
     spec = moe.moe_up_gate(**_sizes(gate), **formats, n_expert=m.n_mats, scratch_bytes=per_thread)
@@ -109,7 +109,7 @@ def _moe_matmul(lower: Lower, node: Node) -> list[Launch]:
     operands = (At(node), At(w), At(x), At(table))
     if lower.few:
         per_slot = len(x.shape) == 3  # rows by slot already, not by token
-        spec = moe.moe_matmul_vec(
+        spec = moe_few.moe_matmul_vec(
             **_sizes(w), fmt=m.fmt, n_used=lower.size(table, -1), per_slot=per_slot
         )
         return [Launch(node, spec, (*operands, lower.tokens(node)))]
@@ -126,7 +126,7 @@ def _moe_down(lower: Lower, node: Node) -> list[Launch]:
     routing = tables[-1]
     n_used = lower.size(routing, -1)
     if lower.few:
-        spec = moe.moe_down_vec(**_sizes(w), fmt=m.fmt, n_used=n_used)
+        spec = moe_few.moe_down_vec(**_sizes(w), fmt=m.fmt, n_used=n_used)
         operands: tuple[Operand, ...] = (
             At(node),
             At(w),

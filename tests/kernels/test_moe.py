@@ -11,7 +11,7 @@ import pytest
 
 from codegen.formats import F32, IQ4_NL, Q8_0, BlockFormat
 from codegen.kernel import KernelSpec
-from codegen.kernels import moe
+from codegen.kernels import moe, moe_few
 from codegen.kernels.layers import silu_mul
 from codegen.kernels.panel import panel_bytes
 from codegen.kernels.router import moe_sum
@@ -173,21 +173,21 @@ def prompt_down(layer: Layer, x: Rows, y: Array) -> Run:
 
 
 def few_gate(layer: Layer, x: Rows) -> Run:
-    spec = moe.moe_up_gate_vec(**layer.pair, n_used=N_USED)
+    spec = moe_few.moe_up_gate_vec(**layer.pair, n_used=N_USED)
     y = result(layer.n_slots, layer.n_rows)
     weights = {"gate": layer.gate.data, "up": layer.up.data}
     return spec, {"y": y, "x": x.data, "ids": layer.ids, "n_tokens": layer.n_tokens} | weights
 
 
 def few_matmul(layer: Layer, w: Rows, x: Rows, per_slot: bool) -> Run:
-    spec = moe.moe_matmul_vec(**layer.sizes, fmt=layer.fmt, n_used=N_USED, per_slot=per_slot)
+    spec = moe_few.moe_matmul_vec(**layer.sizes, fmt=layer.fmt, n_used=N_USED, per_slot=per_slot)
     y = result(layer.n_slots, layer.n_rows)
     args = {"y": y, "w": w.data, "x": x.data, "ids": layer.ids, "n_tokens": layer.n_tokens}
     return spec, args
 
 
 def few_down(layer: Layer, x: Rows, y: Array) -> Run:
-    spec = moe.moe_down_vec(**layer.sizes, fmt=layer.fmt, n_used=N_USED)
+    spec = moe_few.moe_down_vec(**layer.sizes, fmt=layer.fmt, n_used=N_USED)
     inputs = {"w": layer.gate.data, "x": x.data, "ids": layer.ids, "weights": layer.factors}
     return spec, {"y": y.copy(), "n_tokens": layer.n_tokens} | inputs
 
@@ -292,7 +292,7 @@ def test_one_expert_for_all(target: Target, fmt: BlockFormat) -> None:
             "x": x.data,
             "n_tokens": n_tokens,
         }
-        few = (moe.up_gate_vec(**layer.pair), args)
+        few = (moe_few.up_gate_vec(**layer.pair), args)
         many = (moe.up_gate(**layer.pair, scratch_bytes=room), args | {"scratch": scratch})
         for case in (few, many):
             assert_close(run(layer, case), *gated(*parts, *sizes))

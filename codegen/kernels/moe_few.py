@@ -1,0 +1,216 @@
+"""Mixture of experts for few tokens, and the pair up + gate of a dense layer.
+
+    hidden = silu(W_gate x) * (W_up x),   y += weight * W_down hidden
+
+Rows of weights are streamed per slot (token * n_used + rank) by the experts' ids, not sorted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from codegen.dtypes import f32, i32, i64, u8
+from codegen.formats import BlockFormat
+from codegen.kernel import dim, kernel, ptr
+from codegen.kernels.gated import Matrix, gated
+from codegen.kernels.matmul import ROWS_PER_TILE, load_rows, store_rows
+from codegen.kernels.rowdot import Store, Stream, few_dots, group_size, tiles_ahead
+from codegen.values import Pointer, Value
+
+if TYPE_CHECKING:
+    from codegen.builder import Kernel
+
+
+@contextmanager
+def row_groups(k: Kernel, start: Value, n_rows: int) -> Iterator[tuple[Value, Value]]:
+    """(first row, whether it is the last) of the groups in the tile that starts at row `start`."""
+    stop = k.minimum(start + ROWS_PER_TILE, n_rows)
+    with k.loop(start, stop, k.target.lanes) as first:
+        yield first, first + k.target.lanes >= stop
+
+
+def group_product(
+    k: Kernel,
+    w: Matrix,
+    first: Value,
+    following: Pointer,
+    x: Pointer,
+    n_tokens: Value | int,
+    store: Store,
+) -> None:
+    """One group of rows meets all tokens."""
+    rows = Stream(w.row(first), group_size(k, first, w.n_rows), following)
+    few_dots(k, w.fmt, rows, x, n_tokens, store, w.n_cols, w.x_pitch)
+
+
+def gated_group(
+    k: Kernel,
+    y: Pointer,
+    gate: Matrix,
+    up: Matrix,
+    x: Pointer,
+    n_tokens: Value | int,
+    first: Value,
+    following: Pointer,
+) -> None:
+    """y[t, first:] = silu(gate x[t]) * (up x[t]) for one group of rows."""
+
+    def multiply(w: Matrix, following: Pointer, store: Store) -> None:
+        group_product(k, w, first, following, x, n_tokens, store)
+
+    def place(t: Value) -> Pointer:
+        return y.at(t * gate.n_rows + first)
+
+    gated(k, gate, up, first, following, place, multiply)
+
+
+def tile_count(n_rows: int) -> int:
+    return -(-n_rows // ROWS_PER_TILE)
+
+
+@kernel(y=ptr(f32), gate=ptr(u8), up=ptr(u8), x=ptr(u8), n_tokens=dim())
+def up_gate_vec(
+    k: Kernel,
+    y: Pointer,
+    gate: Pointer,
+    up: Pointer,
+    x: Pointer,
+    n_tokens: Value,
+    *,
+    n_rows: int,
+    n_cols: int,
+    fmt_gate: BlockFormat,
+    fmt_up: BlockFormat,
+) -> None:
+    """The same as `up_gate`, row by row."""
+    gates, ups = Matrix(gate, fmt_gate, n_rows, n_cols), Matrix(up, fmt_up, n_rows, n_cols)
+    with tiles_ahead(k, tile_count(n_rows)) as (tile, next_tile):
+        after = gates.row(next_tile * ROWS_PER_TILE)
+        with row_groups(k, tile * ROWS_PER_TILE, n_rows) as (first, is_last):
+            following = k.select_pointer(is_last, after, gates.row(first + k.target.lanes))
+            gated_group(k, y, gates, ups, x, n_tokens, first, following)
+
+
+@contextmanager
+def slot_rows(
+    k: Kernel, y: Pointer, ids: Pointer, n_slots: Value, w: Matrix
+) -> Iterator[tuple[Value, Value, Value, Pointer]]:
+    """(slot, its expert, first row, the stack's group after it) of groups of rows.
+
+    The rows of a dropped slot become zero: what comes next reads them, and multiplying anything
+    with weight 0 could leave a NaN.
+    """
+    parts, n = tile_count(w.n_rows), k.target.lanes
+
+    def place(tile: Value) -> tuple[Value, Value, Value]:
+        return tile // parts, ids[tile // parts].to(i64), tile % parts * ROWS_PER_TILE
+
+    with tiles_ahead(k, n_slots * parts) as (tile, next_tile):
+        slot, expert, start = place(tile)
+        _, next_expert, next_start = place(next_tile)
+        after = w.expert(k.maximum(next_expert, 0)).row(next_start)
+        with row_groups(k, start, w.n_rows) as (first, is_last):
+            with k.either(expert >= 0) as (chosen, dropped):
+                with chosen:
+                    following = w.expert(expert).row(first + n)
+                    yield slot, expert, first, k.select_pointer(is_last, after, following)
+                with dropped:
+                    store_rows(k, y.at(slot * w.n_rows + first), k.zeros(f32 * n), first, w.n_rows)
+
+
+@kernel(y=ptr(f32), gate=ptr(u8), up=ptr(u8), x=ptr(u8), ids=ptr(i32), n_tokens=dim())
+def moe_up_gate_vec(
+    k: Kernel,
+    y: Pointer,
+    gate: Pointer,
+    up: Pointer,
+    x: Pointer,
+    ids: Pointer,
+    n_tokens: Value,
+    *,
+    n_rows: int,
+    n_cols: int,
+    fmt_gate: BlockFormat,
+    fmt_up: BlockFormat,
+    n_used: int,
+) -> None:
+    """y[slot] = silu(gate_e x[token]) * (up_e x[token]), e = ids[slot]; 0 for dropped slots."""
+    gates, ups = Matrix(gate, fmt_gate, n_rows, n_cols), Matrix(up, fmt_up, n_rows, n_cols)
+    with slot_rows(k, y, ids, n_tokens * n_used, gates) as (slot, expert, first, following):
+        row, out = x.bytes(slot // n_used * gates.x_pitch), y.at(slot * n_rows)
+        gated_group(k, out, gates.expert(expert), ups.expert(expert), row, 1, first, following)
+
+
+@kernel(y=ptr(f32), w=ptr(u8), x=ptr(u8), ids=ptr(i32), n_tokens=dim())
+def moe_matmul_vec(
+    k: Kernel,
+    y: Pointer,
+    w: Pointer,
+    x: Pointer,
+    ids: Pointer,
+    n_tokens: Value,
+    *,
+    n_rows: int,
+    n_cols: int,
+    fmt: BlockFormat,
+    n_used: int,
+    per_slot: bool,
+) -> None:
+    """y[slot] = w_e x[slot], or x[token] when the input has a row per token; e = ids[slot]; 0 for
+    dropped slots."""
+    experts = Matrix(w, fmt, n_rows, n_cols)
+    with slot_rows(k, y, ids, n_tokens * n_used, experts) as (slot, expert, first, following):
+
+        def store(t: Value, total: Value) -> None:
+            store_rows(k, y.at(slot * n_rows + first), total, first, n_rows)
+
+        row = x.bytes((slot if per_slot else slot // n_used) * experts.x_pitch)
+        group_product(k, experts.expert(expert), first, following, row, 1, store)
+
+
+@kernel(y=ptr(f32), w=ptr(u8), x=ptr(u8), ids=ptr(i32), weights=ptr(f32), n_tokens=dim())
+def moe_down_vec(
+    k: Kernel,
+    y: Pointer,
+    w: Pointer,
+    x: Pointer,
+    ids: Pointer,
+    weights: Pointer,
+    n_tokens: Value,
+    *,
+    n_rows: int,
+    n_cols: int,
+    fmt: BlockFormat,
+    n_used: int,
+) -> None:
+    """y[token] += sum over its slots, best first, of weight * (w_e x[slot])."""
+    experts, n, parts = Matrix(w, fmt, n_rows, n_cols), k.target.lanes, tile_count(n_rows)
+
+    def of_slot(slot: Value, row: Value) -> Pointer:
+        """A row of the slot's expert; some row if the slot is dropped."""
+        return experts.expert(k.maximum(ids[slot].to(i64), 0)).row(row)
+
+    with tiles_ahead(k, n_tokens * parts) as (tile, next_tile):
+        token, start = tile // parts, tile % parts * ROWS_PER_TILE
+        next_part = of_slot(next_tile // parts * n_used, next_tile % parts * ROWS_PER_TILE)
+        last_slot = (token + 1) * n_used - 1
+        with k.loop(token * n_used, last_slot + 1) as slot:
+            expert = ids[slot].to(i64)
+            next_slot = of_slot(k.minimum(slot + 1, last_slot), start)
+            after = k.select_pointer(slot.eq(last_slot), next_part, next_slot)
+            with k.when(expert >= 0), row_groups(k, start, n_rows) as (first, is_last):
+                matrix = experts.expert(expert)
+                following = k.select_pointer(is_last, after, matrix.row(first + n))
+                place, weight = y.at(token * n_rows + first), weights[slot]
+
+                def store(
+                    t: Value, total: Value, place: Pointer = place, weight: Value = weight,
+                    first: Value = first,
+                ) -> None:  # fmt: skip
+                    added = load_rows(k, place, total.type, first, n_rows) + total * weight
+                    store_rows(k, place, added, first, n_rows)
+
+                row = x.bytes(slot * experts.x_pitch)
+                group_product(k, matrix, first, following, row, 1, store)

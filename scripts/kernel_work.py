@@ -1,0 +1,262 @@
+"""What scripts/kernel_bench.py times: kernels with arguments, and how much work they do.
+
+Shapes are DeepSeek-V2-Lite's. Further kernels: add a maker to `MAKERS` and lines to `cases`.
+"""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from codegen.call import aligned_bytes
+from codegen.formats import WEIGHT_FORMATS, BlockFormat
+from codegen.kernel import KernelSpec
+from codegen.kernels import matmul, moe, moe_few
+from codegen.kernels.activations import row_bytes
+from codegen.kernels.blocks import BLOCK
+from codegen.kernels.panel import panel_bytes
+from codegen.targets.base import Target
+from mlacli.gguf.quants import quantise
+
+Array = NDArray[Any]
+
+N_EXPERT, N_USED = 64, 6
+PATTERN_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class Case:
+    """A product to time: `maker` builds it from the other fields."""
+
+    maker: str
+    label: str
+    fmt: BlockFormat
+    n_rows: int
+    n_cols: int
+    n_tokens: int = 1
+    n_mats: int = 1  # heads or experts
+
+    @property
+    def name(self) -> str:
+        mats = f"{self.n_mats}x" if self.n_mats > 1 else ""
+        shape = f"{mats}{self.n_rows}x{self.n_cols}"
+        return f"{self.maker:15} {self.label:8} {self.fmt.name:6} {shape:13} t{self.n_tokens}"
+
+    @property
+    def matrix_bytes(self) -> int:
+        return self.n_rows * self.fmt.row_bytes(self.n_cols)
+
+
+@dataclass(frozen=True)
+class Work:
+    """A kernel, its arguments, and what it does.
+
+    `weights` names the arguments that are moved through the pool, each of `weight_bytes`; calls
+    take the ones of `in_turn` one after another.
+    """
+
+    spec: KernelSpec
+    arguments: dict[str, Array | int]
+    weights: tuple[str, ...]
+    weight_bytes: int
+    multiply_adds: float
+    read_bytes: float
+    in_turn: dict[str, list[Array]] = field(default_factory=dict)
+
+
+# -- inputs ---------------------------------------------------------------------------------------
+
+
+@cache
+def pattern(fmt: BlockFormat) -> Array:
+    """About a megabyte of valid blocks: random bytes would hold denormals and NaN."""
+    n = max(fmt.size, BLOCK)
+    rows = PATTERN_BYTES // fmt.row_bytes(n)
+    values = np.random.default_rng(0).normal(size=(rows // 64, n)).astype(np.float32)
+    return np.tile(quantise(values, fmt).reshape(-1), 64)
+
+
+def weight_pool(fmt: BlockFormat, nbytes: int) -> Array:
+    """In small pages, as a mapped file has them."""
+    memory = mmap.mmap(-1, nbytes)
+    if hasattr(mmap, "MADV_NOHUGEPAGE"):
+        memory.madvise(mmap.MADV_NOHUGEPAGE)
+    data = np.frombuffer(memory, np.uint8)
+    part = pattern(fmt)
+    for start in range(0, nbytes, part.nbytes):
+        data[start : start + part.nbytes] = part[: nbytes - start]
+    return data
+
+
+def inputs(case: Case, n_rows: int) -> Array:
+    """Activation rows of small numbers: a8, or f32 for float formats."""
+    if not case.fmt.integer_dot:
+        rows = aligned_bytes(4 * n_rows * case.n_cols)
+        rows.view(np.float32)[:] = 0.5
+        return rows
+    n, pitch = case.n_cols, row_bytes(case.n_cols)
+    rows = aligned_bytes(n_rows * pitch)
+    shaped = rows.reshape(n_rows, pitch)
+    shaped[:, :n] = np.arange(n) % 100
+    shaped[:, n : n + n // 8].view(np.float32)[:] = 0.01
+    return rows
+
+
+def floats(*shape: int) -> Array:
+    return aligned_bytes(4 * int(np.prod(shape))).view(np.float32).reshape(shape)
+
+
+def scratch(case: Case, target: Target, n_threads: int) -> tuple[Array, int]:
+    room = -(-panel_bytes(target, case.fmt, case.n_cols) // 64) * 64
+    return aligned_bytes(room * n_threads), room
+
+
+def routing(n_tokens: int, seed: int = 0) -> tuple[Array, Array, Array]:
+    """(ids, offsets, order): tokens go to experts at random, all experts about equally often."""
+    rng = np.random.default_rng(seed)
+    ids = np.stack([rng.permutation(N_EXPERT)[:N_USED] for _ in range(n_tokens)]).astype(np.int32)
+    order = np.argsort(ids.ravel(), kind="stable").astype(np.int32)
+    counts = np.bincount(ids.ravel(), minlength=N_EXPERT)
+    return ids, np.concatenate([[0], np.cumsum(counts)]).astype(np.int32), order
+
+
+# -- kernels --------------------------------------------------------------------------------------
+
+
+def products(case: Case, target: Target, n_threads: int) -> Work:
+    """matvec or matmul, with or without heads."""
+    x = inputs(case, case.n_tokens * case.n_mats)
+    pitch = x.size // (case.n_tokens * case.n_mats)
+    shape = matmul.Shape(
+        n_rows=case.n_rows,
+        n_cols=case.n_cols,
+        n_heads=case.n_mats,
+        w_pitch=case.matrix_bytes,
+        x_token=case.n_mats * pitch,
+        x_head=pitch,
+        y_token=case.n_mats * case.n_rows,
+        y_head=case.n_rows,
+    )
+    y = floats(case.n_tokens, case.n_mats, case.n_rows)
+    arguments: dict[str, Array | int] = {"y": y, "w": 0, "x": x, "residual": 0}
+    if case.maker == "matvec":
+        spec = matmul.matvec(shape=shape, fmt=case.fmt)
+    else:
+        arguments["scratch"], room = scratch(case, target, n_threads)
+        spec = matmul.matmul(shape=shape, fmt=case.fmt, scratch_bytes=room)
+    arguments["n_tokens"] = case.n_tokens
+    read = case.n_mats * case.matrix_bytes
+    return Work(
+        spec, arguments, ("w",), read,
+        case.n_tokens * case.n_mats * case.n_rows * case.n_cols, read,
+    )  # fmt: skip
+
+
+def dense_gate(case: Case, target: Target, n_threads: int) -> Work:
+    """up_gate or up_gate_vec."""
+    y, x = floats(case.n_tokens, case.n_rows), inputs(case, case.n_tokens)
+    sizes = {
+        "n_rows": case.n_rows,
+        "n_cols": case.n_cols,
+        "fmt_gate": case.fmt,
+        "fmt_up": case.fmt,
+    }
+    arguments: dict[str, Array | int] = {"y": y, "gate": 0, "up": 0, "x": x}
+    if case.maker == "up_gate_vec":
+        spec = moe_few.up_gate_vec(**sizes)
+    else:
+        arguments["scratch"], room = scratch(case, target, n_threads)
+        spec = moe.up_gate(**sizes, scratch_bytes=room)
+    arguments["n_tokens"] = case.n_tokens
+    madds = 2 * case.n_tokens * case.n_rows * case.n_cols
+    return Work(spec, arguments, ("gate", "up"), case.matrix_bytes, madds, 2 * case.matrix_bytes)
+
+
+def experts(case: Case, target: Target, n_threads: int) -> Work:
+    """The moe_ kernels. Of a stack, only the experts that are chosen are read."""
+    ids, offsets, order = routing(case.n_tokens)
+    few, gated = case.maker.endswith("_vec"), "up_gate" in case.maker
+    n_slots, n_read = ids.size, len(np.unique(ids))
+    by_token = few and "down" not in case.maker
+    sizes: dict[str, Any] = {"n_rows": case.n_rows, "n_cols": case.n_cols}
+    sizes |= {"fmt_gate": case.fmt, "fmt_up": case.fmt} if gated else {"fmt": case.fmt}
+    down = "down" in case.maker
+    y = floats(case.n_tokens if down else n_slots, case.n_rows)
+    weights = ("gate", "up") if gated else ("w",)
+    arguments: dict[str, Array | int] = {"y": y, **dict.fromkeys(weights, 0)}
+    arguments["x"] = inputs(case, case.n_tokens if by_token else n_slots)
+    in_turn: dict[str, list[Array]] = {}
+    if few:
+        sizes["n_used"] = N_USED
+        in_turn["ids"] = [routing(case.n_tokens, seed)[0] for seed in range(64)]
+        if case.maker == "moe_matmul_vec":
+            sizes["per_slot"] = False
+    else:
+        arguments["offsets"] = offsets
+        sizes["n_expert"] = N_EXPERT
+        if down:
+            sizes["n_used"], arguments["order"] = N_USED, order
+    if down:
+        arguments["weights"] = np.full(ids.shape, 0.1, np.float32)
+    if few:
+        arguments["n_tokens"] = case.n_tokens
+    else:
+        arguments["scratch"], sizes["scratch_bytes"] = scratch(case, target, n_threads)
+    spec = getattr(moe_few if few else moe, case.maker)(**sizes)
+    madds = len(weights) * n_slots * case.n_rows * case.n_cols
+    read = len(weights) * n_read * case.matrix_bytes
+    return Work(spec, arguments, weights, N_EXPERT * case.matrix_bytes, madds, read, in_turn)
+
+
+Maker = Callable[[Case, Target, int], Work]
+MAKERS: dict[str, Maker] = {
+    "matvec": products,
+    "matmul": products,
+    "up_gate": dense_gate,
+    "up_gate_vec": dense_gate,
+    **{f"moe_{name}": experts for name in ("up_gate", "matmul", "down")},
+    **{f"moe_{name}_vec": experts for name in ("up_gate", "matmul", "down")},
+}
+
+
+def cases(shrink: int) -> Iterator[Case]:
+    """The table: what is timed."""
+    formats = [WEIGHT_FORMATS[name] for name in ("IQ4_NL", "Q8_0", "Q4_0", "F16", "F32")]
+    few = [f for f in formats if f.is_quantised]
+
+    def n(size: int) -> int:
+        return max(size // shrink, 16)
+
+    for fmt in formats:
+        yield Case("matvec", "attn_q", fmt, n(3072), 2048)
+        yield Case("matvec", "shexp", fmt, n(2048), 2816)
+    for fmt in formats[:2]:
+        yield Case("matvec", "attn_q", fmt, n(3072), 2048, 2)
+        yield Case("matvec", "attn_q", fmt, n(3072), 2048, 4)
+        yield Case("matvec", "output", fmt, n(102400), 2048)
+        yield Case("matvec", "k_b", fmt, n(512), 128, 1, 16)
+        yield Case("matvec", "v_b", fmt, n(128), 512, 1, 16)
+    yield Case("matvec", "gate_inp", WEIGHT_FORMATS["F32"], 64, 2048)
+    for fmt in few[:2]:
+        yield Case("up_gate_vec", "dense", fmt, n(10944), 2048)
+        yield Case("up_gate_vec", "shexp", fmt, n(2816), 2048)
+        yield Case("moe_up_gate_vec", "exps", fmt, n(1408), 2048, 1, N_EXPERT)
+        yield Case("moe_matmul_vec", "exps", fmt, n(1408), 2048, 1, N_EXPERT)
+        yield Case("moe_down_vec", "exps", fmt, n(2048), 1408, 1, N_EXPERT)
+    for fmt in formats:
+        for tokens in (5, 16, 48, 512):
+            yield Case("matmul", "shexp", fmt, n(2816), 2048, tokens)
+    for fmt in few[:2]:
+        yield Case("matmul", "k_b", fmt, n(512), 128, n(512), 16)
+        yield Case("matmul", "v_b", fmt, n(128), 512, n(512), 16)
+        yield Case("matmul", "kv_b", fmt, n(4096), 512, n(512))
+        yield Case("up_gate", "shexp", fmt, n(2816), 2048, n(512))
+        yield Case("moe_up_gate", "exps", fmt, n(1408), 2048, n(512), N_EXPERT)
+        yield Case("moe_matmul", "exps", fmt, n(1408), 2048, n(512), N_EXPERT)
+        yield Case("moe_down", "exps", fmt, n(2048), 1408, n(512), N_EXPERT)
