@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from codegen.formats import F16, IQ4_NL, Q4_0, Q4_K, Q8_0, BlockFormat, interleave
-from codegen.kernels import moe
+from codegen.kernels import moe, moe_few
 from codegen.kernels.repacked import interleave_rows
 from codegen.targets.base import Target
 from tests.kernels.harness import (
@@ -172,7 +172,7 @@ def test_shared_expert_of_two_layouts(target: Target, few: bool) -> None:
         args: dict[str, Any] = {"gate": gate.data, "up": data, "x": x.data, "n_tokens": n_tokens}
         args["y"] = result(n_tokens, n_rows)
         if few:
-            spec = moe.up_gate_vec(**sizes)
+            spec = moe_few.up_gate_vec(**sizes)
         else:
             args["scratch"], room = layer.scratch()
             spec = moe.up_gate(**sizes, scratch_bytes=room)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from codegen.formats import WEIGHT_FORMATS, BlockFormat
-from codegen.kernels import layers, matmul, moe
+from codegen.kernels import layers, matmul, moe, moe_few
 from codegen.kernels.panel import panel_bytes
 from codegen.targets.base import Target
 from mlacli.gguf.quants import dequantise
@@ -126,7 +126,7 @@ def test_up_and_gate_of_experts(target: Target) -> None:
     expected = numpy_ops.silu(slots(gate_values, by_slot)) * slots(up_values, by_slot)
     sizes = SIZES | {"fmt_gate": fmt_gate, "fmt_up": fmt_up}
     room, room_bytes = scratch(target, fmt_gate, N_COLS)
-    few = moe.moe_up_gate_vec(**sizes, n_used=N_USED)
+    few = moe_few.moe_up_gate_vec(**sizes, n_used=N_USED)
     many = moe.moe_up_gate(**sizes, n_expert=N_EXPERT, scratch_bytes=room_bytes)
     tables: dict[str, Any] = {"ids": IDS, "n_tokens": len(IDS)}
     groups: dict[str, Any] = {"offsets": offsets, "scratch": room}
@@ -152,7 +152,7 @@ def test_down_of_experts(target: Target) -> None:
     expected = 1 + weighted.reshape(len(IDS), N_USED, N_ROWS).sum(axis=1)
     room, room_bytes = scratch(target, fmt, N_COLS)
     sizes = SIZES | {"fmt": fmt, "n_used": N_USED}
-    few = moe.moe_down_vec(**sizes)
+    few = moe_few.moe_down_vec(**sizes)
     many = moe.moe_down(**sizes, n_expert=N_EXPERT, scratch_bytes=room_bytes)
     tables: dict[str, Any] = {"ids": IDS, "n_tokens": len(IDS)}
     groups: dict[str, Any] = {"offsets": offsets, "order": order, "scratch": room}
