@@ -68,8 +68,8 @@ def unpack_codes(k: Kernel, fmt: BlockFormat, dwords: list[Value]) -> list[Value
     n, bias = k.target.lanes, k.target.weight_bias
     if fmt.table or fmt.offset:
         table = tuple(v + bias for v in (fmt.table or range(fmt.offset, fmt.offset + 16)))
-        nibbles = [(v >> shift).bits_as(u8 * (4 * n)) & 15 for shift in (0, 4) for v in dwords]
-        groups = [k.target.lookup16(k, table, v) for v in nibbles]
+        nibbles = [(v >> shift).bits_as(u8 * (4 * n)) for shift in (0, 4) for v in dwords]
+        groups = [k.target.lookup_nibble(k, table, v) for v in nibbles]
     else:
         flip = 0x80808080 if bias else 0
         groups = [v ^ flip for v in dwords]

@@ -65,6 +65,10 @@ class Target:
             result = k.select(index.eq(i), k.const(entry & 255, index.type), result)
         return result
 
+    def lookup_nibble(self, k: Kernel, table: tuple[int, ...], codes: Value) -> Value:
+        """table[low nibble] per byte: the upper bits of `codes` may be anything."""
+        return self.lookup16(k, table, codes & 15)
+
     def f16_to_f32(self, k: Kernel, v: Value) -> Value:
         """By bits: scale the shifted exponent and mantissa by 2^112; infinities kept."""
         n = v.type.lanes

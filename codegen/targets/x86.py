@@ -15,10 +15,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class X86(Target):
-    """AVX2 with F16C and FMA; `vnni` and `bf16` name the dot-product instructions at hand."""
+    """AVX2 with F16C and FMA; `vnni` and `bf16` name the dot-product instructions at hand, and
+    `vbmi` says that there is a lookup among 64 bytes."""
 
     vnni: str = ""  # "", "avxvnni" or "avx512vnni"
     bf16: bool = False
+
+    @property
+    def vbmi(self) -> bool:
+        return "+avx512vbmi" in self.features.split(",")
 
     @property
     def vector_bits(self) -> int:
@@ -81,6 +86,14 @@ class X86(Target):
         }[n]
         entries = k.vector([t & 255 for t in table] * (n // 16), u8)
         return k.intrinsic(name, u8 * n, entries, index)
+
+    def lookup_nibble(self, k: Kernel, table: tuple[int, ...], codes: Value) -> Value:
+        n = codes.type.lanes
+        if not (self.vbmi and n == 64):
+            return super().lookup_nibble(k, table, codes)
+        # Six bits of each byte choose: with the table four times over, two of them do not matter.
+        entries = k.vector([t & 255 for t in table] * 4, u8)
+        return k.intrinsic("llvm.x86.avx512.permvar.qi.512", u8 * n, entries, codes)
 
     def f16_to_f32(self, k: Kernel, v: Value) -> Value:
         return k.float_cast(v, f32)

@@ -82,6 +82,14 @@ def look_up(k: Any, y: Any, x: Any, n: Any, *, lanes: int) -> None:
         y.at(i).store(lookup(k, IQ4_NL_VALUES, x.at(i).load(u8 * lanes)))
 
 
+@kernel(y=ptr(u8), x=ptr(u8), n=dim())
+def look_up_nibbles(k: Any, y: Any, x: Any, n: Any) -> None:
+    lanes = 4 * k.target.lanes
+    with k.loop(0, n, lanes) as i:
+        codes = x.at(i).load(u8 * lanes)
+        y.at(i).store(k.target.lookup_nibble(k, IQ4_NL_VALUES, codes))
+
+
 def run(target: Any, spec: Any, x: NDArray[Any], y: NDArray[Any]) -> NDArray[Any]:
     run_kernel(spec, target, {"y": y, "x": x, "n": x.size})
     return y
@@ -207,3 +215,11 @@ def test_lookup16(target: Any) -> None:
     for lanes in {4, 8, 16, 4 * target.lanes}:
         found = run(target, look_up(lanes=lanes), x, np.empty(256, np.uint8))
         np.testing.assert_array_equal(found, expected)
+
+
+@each_target
+def test_lookup_nibble_ignores_the_upper_bits(target: Any) -> None:
+    x = np.random.default_rng(0).permutation(256).astype(np.uint8)
+    expected = np.array(IQ4_NL_VALUES, np.int8)[x & 15].view(np.uint8)
+    found = run(target, look_up_nibbles(), x, np.empty(256, np.uint8))
+    np.testing.assert_array_equal(found, expected)
