@@ -18,7 +18,9 @@ from codegen.kernel import KernelSpec
 from codegen.targets import Host, choose
 from codegen.targets.base import Target
 
-EXTERNAL_SYMBOLS = frozenset({"sched_yield", "syscall", "memset", "memcpy", "memmove"})
+EXTERNAL_SYMBOLS = frozenset(
+    {"sched_yield", "syscall", "clock_gettime", "memset", "memcpy", "memmove"}
+)
 _NATIVE = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)
 
 

@@ -2,20 +2,24 @@
 
 A job is an array of i64 words. The barrier counter and that of the threads that have finished the
 step have a cache line each.
+
+RECORDS is 0, or the address of an i64 table [n_threads][1 + 2 n_launches]: the nanosecond at which
+each thread began the step, and for each launch when it could start, behind its barrier, and ended.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from codegen.dtypes import i64
+from codegen.dtypes import i32, i64
 from codegen.values import Value
 
 if TYPE_CHECKING:
     from codegen.builder import Kernel
 
-N_THREADS, CANCEL, SPINS, N_LAUNCHES, LAUNCHES, BARRIER_BASE = range(6)
+N_THREADS, CANCEL, SPINS, N_LAUNCHES, LAUNCHES, BARRIER_BASE, RECORDS = range(7)
 LINE_WORDS = 8  # words per cache line
 BARRIER, FINISHED = LINE_WORDS, 2 * LINE_WORDS
 JOB_WORDS = 3 * LINE_WORDS
@@ -53,3 +57,17 @@ def wait_while(k: Kernel, condition: Callable[[], Value]) -> None:
         with k.when(looks.get() > spins):
             k.call_external("sched_yield")
         go_on(condition())
+
+
+def emit_record(k: Kernel, thread: Value, place: Value | int) -> None:
+    """Write the time into the thread's row of the records, if the step has any."""
+    with k.when(k.job[RECORDS].ne(0)):
+        width = k.job[N_LAUNCHES] * 2 + 1
+        k.load_pointer(k.job.at(RECORDS), i64).at(thread * width)[place] = nanoseconds(k)
+
+
+def nanoseconds(k: Kernel) -> Value:
+    """The system's monotonic clock, which all threads share."""
+    now = k.stack(i64, 2)  # a timespec: seconds, nanoseconds
+    k.call_external("clock_gettime", k.const(time.CLOCK_MONOTONIC, i32), now)
+    return now[0] * 10**9 + now[1]

@@ -35,6 +35,7 @@ MAX_THREADS = (1 << THREAD_BITS) - 2
 STOP = (1 << THREAD_BITS) - 1
 IDLE_SPINS = 2000
 BUSY_SPINS = 500
+Records = npt.NDArray[np.int64]
 LAUNCH_WORDS = 3  # function address, argument table address, 1 = barrier first
 _FUTEX_WAIT, _FUTEX_WAKE = 128, 129  # private
 _FUTEX_CALL = {"x86_64": 202, "aarch64": 98}
@@ -52,13 +53,16 @@ def emit_step(k: Kernel, thread: Value) -> None:
     and so does everyone who meets that thread at the barrier between.
     """
     k.n_threads = k.job[job_layout.N_THREADS]  # anew for each job
+    job_layout.emit_record(k, thread, 0)
     launches = k.load_pointer(k.job.at(job_layout.LAUNCHES), i64)
     with k.loop(0, k.job[job_layout.N_LAUNCHES]) as i:
         launch = launches.at(i * LAUNCH_WORDS)
         with k.when(launch[2].ne(0)):
             k.barrier()
+        job_layout.emit_record(k, thread, i * 2 + 1)
         with k.when(k.cancelled().eq(0)):
             k.call_through(launch, k.load_pointer(launch.at(1), i64), k.job, thread)
+        job_layout.emit_record(k, thread, i * 2 + 2)
     job_layout.emit_finish(k, thread)
 
 
@@ -140,11 +144,18 @@ class Pool:
     def _addresses(self) -> tuple[int, int]:
         return self._words.ctypes.data, self._job.ctypes.data
 
-    def run(self, launches: npt.NDArray[np.int64], n_threads: int) -> bool:
+    def run(
+        self, launches: npt.NDArray[np.int64], n_threads: int, records: Records | None = None
+    ) -> bool:
         """Walk a launch table (n, 3) with `n_threads` threads; False if it was cancelled.
 
-        Raises RuntimeError when the pool is closed or too small.
+        `records` (`record_table`) are filled with times. Raises RuntimeError when the pool is
+        closed or too small, ValueError when the records are not for this table.
         """
+        if records is not None and records.shape != (n_threads, 1 + 2 * len(launches)):
+            raise ValueError(
+                f"records {records.shape} of {n_threads} threads, {len(launches)} rows"
+            )
         if not 1 <= n_threads <= self.n_threads or self._sequence < 0:
             raise RuntimeError(f"pool of {self.n_threads} threads cannot run {n_threads}")
         with self._lock:
@@ -154,6 +165,7 @@ class Pool:
             job[job_layout.SPINS] = 0 if crowded else BUSY_SPINS
             job[job_layout.N_LAUNCHES] = len(launches)
             job[job_layout.LAUNCHES] = launches.ctypes.data
+            job[job_layout.RECORDS] = 0 if records is None else records.ctypes.data
             self._sequence += 1
             self._submit(*self._addresses(), self._sequence << THREAD_BITS | n_threads)
             return not self._cancel[0]
@@ -174,6 +186,11 @@ class Pool:
         for thread in self._threads:
             thread.join()
         atexit.unregister(self.close)
+
+
+def record_table(n_threads: int, n_launches: int) -> Records:
+    """Room for the times of a step, in nanoseconds; the layout is that of job.py."""
+    return np.zeros((n_threads, 1 + 2 * n_launches), np.int64)
 
 
 def aligned_words(n: int) -> npt.NDArray[np.int64]:

@@ -81,6 +81,7 @@ class BenchResult:
     samples_ns: tuple[int, ...]
     major_faults: int = 0
     limit_ts: float | None = None
+    profile: tuple[str, ...] = ()  # lines (with --profile)
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,8 @@ from mlacli.bench import BenchCase, BenchResult, ModelFacts
 from mlacli.engine import Cancelled, Engine, Model, load_model
 from mlacli.errors import Interrupted
 from mlacli.machine import Peaks, cpu_name, machine_profile, make_jit, measure_peaks
+from mlacli.profile import Profiles
+from mlacli.profile_table import profile_lines
 from mlacli.roofline import row_seconds
 from mlacli.session import EXIT_OF_SIGNAL, stop_on_signals
 from mlacli.settings import RunSettings
@@ -31,6 +33,7 @@ class EngineRunner:
     warmup: bool
     roof: bool
     verbose: bool = False
+    profile: bool = False
     _jit: Jit | None = None
     _pool: Pool | None = None
     _engine: tuple[RunSettings, Engine] | None = None
@@ -49,27 +52,41 @@ class EngineRunner:
         if self.warmup:
             self._fill(engine, case)
             self._once(engine, case)
-        before = self._peaks(case) if self.roof else None
+        before = self._peaks(case) if self.roof or self.profile else None
+        profiles = Profiles() if self.profile else None
         samples, faults = [], 0
         for _ in range(self.repetitions):
             self._fill(engine, case)
             faults -= _major_faults()
-            start = time.perf_counter_ns()
-            self._once(engine, case)
-            samples.append(time.perf_counter_ns() - start)
+            samples.append(self._once(engine, case, profiles))
             faults += _major_faults()
-        limit = self._limit(engine, case, before) if before else None
+        peaks = _mean(before, self._peaks(case)) if before else None
         when = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-        model = engine.model
-        return BenchResult(facts(model), cpu_name(), when, tuple(samples), faults, limit)
+        return BenchResult(
+            facts(engine.model),
+            cpu_name(),
+            when,
+            tuple(map(sum, samples)),
+            faults,
+            self._limit(engine, case, peaks) if peaks and self.roof else None,
+            self._profile(engine, case, profiles, samples, peaks) if peaks and profiles else (),
+        )
 
-    def _once(self, engine: Engine, case: BenchCase) -> None:
-        """The timed part: the prompt, then one token after another."""
+    def _once(
+        self, engine: Engine, case: BenchCase, profiles: Profiles | None = None
+    ) -> tuple[int, int]:
+        """The timed part: the prompt, then one token after another; nanoseconds of each."""
         at = case.n_depth + case.n_fill
+        engine.profile = profiles.prompt if profiles else None
+        start = time.perf_counter_ns()
         if case.n_prompt:
             engine.eval(_tokens(engine, case.n_prompt), range(at, at + case.n_prompt))
+        engine.profile = profiles.generation if profiles else None
+        between = time.perf_counter_ns()
         for i in range(at + case.n_prompt, at + case.n_prompt + case.n_gen):
             engine.eval(_tokens(engine, 1), [i])
+        engine.profile = None
+        return between - start, time.perf_counter_ns() - between
 
     def _fill(self, engine: Engine, case: BenchCase) -> None:
         """Exactly n_depth + n_fill tokens in the cache, keeping what is already there."""
@@ -108,27 +125,42 @@ class EngineRunner:
         assert self._jit is not None and self._pool is not None
         return measure_peaks(self._jit, self._pool, case.settings.n_threads)
 
-    def _limit(self, engine: Engine, case: BenchCase, before: Peaks) -> float:
-        """Tokens per second at the limit, with the mean of the peaks before and after."""
-        after = self._peaks(case)
-        mean = Peaks(
-            before.n_threads,
-            *(
-                (first + second) / 2
-                for first, second in zip(astuple(before)[1:], astuple(after)[1:], strict=True)
-            ),
-        )
+    def _profile(
+        self,
+        engine: Engine,
+        case: BenchCase,
+        profiles: Profiles,
+        samples: Sequence[tuple[int, int]],
+        peaks: Peaks,
+    ) -> tuple[str, ...]:
+        """The tables of the timed parts that there were."""
+        profiles.prompt.wall_ns, profiles.generation.wall_ns = map(sum, zip(*samples, strict=True))
+        lines: list[str] = []
+        for profile in (profiles.prompt, profiles.generation):
+            lines += profile_lines(
+                case.test, profile, engine.plan.layout, peaks, by_layer=self.verbose
+            )
+        return tuple(lines)
+
+    def _limit(self, engine: Engine, case: BenchCase, peaks: Peaks) -> float:
+        """Tokens per second at the limit."""
         seconds = row_seconds(
             engine.model.config,
             engine.model.weights,
             engine.plan.layout,
             case.settings,
-            mean,
+            peaks,
             n_prompt=case.n_prompt,
             n_gen=case.n_gen,
             n_depth=case.n_depth + case.n_fill,
         )
         return case.n_timed / seconds
+
+
+def _mean(before: Peaks, after: Peaks) -> Peaks:
+    """Between two measurements."""
+    pairs = zip(astuple(before)[1:], astuple(after)[1:], strict=True)
+    return Peaks(before.n_threads, *((first + second) / 2 for first, second in pairs))
 
 
 def _tokens(engine: Engine, n: int) -> Sequence[int]:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,7 +28,9 @@ from mlacli.model.config import ModelConfig, read_config
 from mlacli.model.inventory import check_tensors
 from mlacli.model.repack import Progress, repack
 from mlacli.model.weights import Weights
+from mlacli.profile import Profile
 from mlacli.settings import RunSettings
+from mlacli.work import Batch
 
 Logits = npt.NDArray[np.float32]
 
@@ -64,7 +67,10 @@ def load_model(path: Path, *, mmap: bool = True, huge: bool = False) -> Model:
 
 
 class Engine:
-    """A context over a model. One step at a time; `cancel` may come from any thread."""
+    """A context over a model. One step at a time; `cancel` may come from any thread.
+
+    While there is a `profile`, it is told the times of every step.
+    """
 
     def __init__(
         self,
@@ -94,6 +100,7 @@ class Engine:
         self.n_ctx = self.plan.n_ctx
         self.cache = Cache(self.plan.layout, huge=settings.thp)
         self.pool = pool or Pool(jit, max(settings.n_threads, settings.n_threads_batch))
+        self.profile: Profile | None = None
         self._jit = jit
         self._arena = allocate(self.plan.arena_bytes, "the compute buffer", huge=settings.thp)
         self._output = allocate(self.plan.output_bytes, "the output buffer")
@@ -143,14 +150,19 @@ class Engine:
         n, limit = len(tokens), self.plan.n_out_max
         if len(wanted) > limit:
             raise UsageError(f"logits of {len(wanted)} tokens wanted, at most {limit} planned")
+        start = time.perf_counter_ns()
         program = self.program(self.graph_name(n))
         cells = self.cache.allocate(positions, sequences)
         self._fill(tokens, positions, sequences, cells, wanted)
         threads = self.settings.n_threads if n <= FEW_TOKENS else self.settings.n_threads_batch
-        if not program.run(self.pool, threads):
+        records = self.profile.records(program, threads) if self.profile else None
+        if not program.run(self.pool, threads, records):
             self.pool.clear_cancel()
             self.cache.release(cells)
             raise Cancelled
+        if self.profile:
+            batch = Batch(n, self.cache.n_rows, len(wanted))
+            self.profile.add(program, batch, time.perf_counter_ns() - start)
         vocab = self.model.config.n_vocab
         return self._output[: 4 * len(wanted) * vocab].view(np.float32).reshape(-1, vocab)
 

@@ -17,8 +17,10 @@ from codegen.pool import Pool
 from mlacli.engine import Cancelled, Engine, Model, load_model
 from mlacli.errors import EXIT_SIGINT, EXIT_SIGTERM, UsageError
 from mlacli.fit import GIB, size_text
-from mlacli.machine import machine_profile, make_jit
+from mlacli.machine import machine_profile, make_jit, measure_peaks
 from mlacli.memory import huge_bytes, lock
+from mlacli.profile import Profiles
+from mlacli.profile_table import profile_lines
 from mlacli.report import buffer_lines, context_size, repack_notes
 from mlacli.settings import Request, RunSettings
 from mlacli.text.chat import ChatTemplate
@@ -74,15 +76,18 @@ class Answerer:
     request: Request
     write: Callable[[str], None]
     timings: Timings
+    profiles: Profiles | None = None
 
     def answer(self, tokens: Sequence[int]) -> None:
         """Evaluate the prompt, then sample until an end token, -n, the context's end or Ctrl-C."""
         timings, engine = self.timings, self.engine
         for token in tokens:
             self.sampler.accept(token)
+        engine.profile = self.profiles.prompt if self.profiles else None
         start = time.perf_counter()
         logits = engine.eval(tokens, range(len(tokens)))
         timings.prompt, timings.n_prompt = time.perf_counter() - start, len(tokens)
+        engine.profile = self.profiles.generation if self.profiles else None
         decoder = StreamDecoder(self.tokenizer)
         position = len(tokens)
         limit = engine.n_ctx - position + 1
@@ -118,6 +123,7 @@ def run_prompt(
     *,
     write: Callable[[str], None],
     note: Callable[[str], None],
+    profile: bool = False,
 ) -> int:
     """Answer one prompt; the exit code tells whether a signal ended it. Raises MlaError."""
     timings = Timings()
@@ -154,14 +160,27 @@ def run_prompt(
     engine.program(engine.graph_name(min(len(tokens), settings.n_ubatch)))
     engine.program(engine.graph_name(1))
     timings.load = time.perf_counter() - timings.started
-    answerer = Answerer(engine, tokenizer, sampler, request, write, timings)
+    profiles = Profiles() if profile else None
+    answerer = Answerer(engine, tokenizer, sampler, request, write, timings, profiles)
     with stop_on_signals(engine) as received:
         with contextlib.suppress(Cancelled):
             answerer.answer(tokens)
     write("\n")
     for line in timings.lines():
         note(line)
+    for line in _profiled(profiles, engine, jit) if profiles else ():
+        note(line)
     return EXIT_OF_SIGNAL[received[0]] if received else 0
+
+
+def _profiled(profiles: Profiles, engine: Engine, jit: Jit) -> Iterator[str]:
+    """Where the time went, beside what this machine can do now."""
+    settings, layout = engine.settings, engine.plan.layout
+    threads = {"prompt": settings.n_threads_batch, "generation": settings.n_threads}
+    peaks = {n: measure_peaks(jit, engine.pool, n) for n in set(threads.values())}
+    for part, n in threads.items():
+        profile = getattr(profiles, part)
+        yield from profile_lines(part, profile, layout, peaks[n], by_layer=settings.verbose)
 
 
 EXIT_OF_SIGNAL: dict[int, int] = {signal.SIGINT: EXIT_SIGINT, signal.SIGTERM: EXIT_SIGTERM}

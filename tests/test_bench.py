@@ -231,9 +231,9 @@ def test_sql_is_read_by_sqlite() -> None:
 
 def _bench(monkeypatch: pytest.MonkeyPatch, broken: Callable[[BenchCase], bool]) -> None:
     class EngineRunner:
-        def __init__(self, *, repetitions: int, warmup: bool, roof: bool, verbose: bool) -> None:
+        def __init__(self, *, repetitions: int, warmup: bool, **flags: bool) -> None:
             self.samples = (10**9,) * repetitions
-            assert warmup
+            assert warmup and flags.keys() == {"roof", "profile", "verbose"}
 
         def __call__(self, case: BenchCase) -> BenchResult:
             if broken(case):

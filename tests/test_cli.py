@@ -25,7 +25,9 @@ class Session:
         self.request = Request("nothing yet")
         self.answer: Callable[..., int] = lambda write, note: 0
 
-    def run_prompt(self, settings: RunSettings, request: Request, *, write: Any, note: Any) -> int:
+    def run_prompt(
+        self, settings: RunSettings, request: Request, *, write: Any, note: Any, profile: bool
+    ) -> int:
         self.settings, self.request = settings, request
         return self.answer(write, note)
 

@@ -17,6 +17,7 @@ LEVELS = (
     (
         *("mlacli.engine", "mlacli.context", "mlacli.machine", "mlacli.calibrate"),
         *("mlacli.roofline", "mlacli.fit"),
+        *("mlacli.work", "mlacli.profile", "mlacli.profile_table"),
         *("mlacli.report", "mlacli.report_format", "mlacli.report_work"),
     ),
     ("mlacli.model",),

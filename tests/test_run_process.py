@@ -135,3 +135,31 @@ def test_memory_in_use_is_what_the_report_says(
     assert seen["file"] > 150 * 2**20
     # weights stay in the mapped file: a copy would show
     assert seen["used"] <= seen["told"] + seen["file"] / 2
+
+
+def test_a_bench_shows_where_the_time_goes() -> None:
+    done = mlacli("bench", "-p", "16", "-n", "4", "-r", "1", "--profile")
+    assert done.returncode == 0, done.stderr
+    assert "profile" not in done.stdout and "| tg4 |" in re.sub(" +", " ", done.stdout)
+    tables = done.stderr.split("profile of ")
+    assert [t.partition("\n")[0] for t in tables[1:]] == [
+        "pp16: per batch, mean of 1 batches of 16 tokens",
+        "tg4: per token, mean of 4",
+    ]
+    for text in tables[1:]:
+        assert "matmul result_output" in text and "moe_down ffn_moe_out" in text
+        assert re.search(r"\| barriers .*\| unaccounted .*\| total .* 100\.0 %", text, re.DOTALL)
+
+
+def test_a_run_shows_where_the_time_went() -> None:
+    words = ("run", "-p", "What is math.sqrt?", "-n", "4", "--temp", "0", "--profile", "-v")
+    done = mlacli(*words)
+    assert done.returncode == 0, done.stderr
+    headings = re.findall("profile of (.*): per (batch|token)", done.stderr)
+    assert headings == [
+        ("prompt", "batch"),
+        ("prompt by layer", "batch"),
+        ("generation", "token"),
+        ("generation by layer", "token"),
+    ]
+    assert "matmul attn_out-5" in done.stderr

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 from mlacli import bench as benching
 from mlacli.bench_table import WRITERS
 from mlacli.cli import console
-from mlacli.cli.flags import DEMO_MODEL, MODEL, NO_FLASH_ATTENTION, meaning
+from mlacli.cli.flags import DEMO_MODEL, MODEL, NO_FLASH_ATTENTION, PROFILE_HELP, meaning
 from mlacli.cli.options import StrictCommand, flag, new_app, parameter, takes
 from mlacli.limits import Choice, Limit, Rule, Switch, parse_list, parse_pairs
 from mlacli.settings import RunSettings, default_model, rules
@@ -86,6 +86,7 @@ _REPEAT = flag("-r --repetitions", OUTPUT, "N", "Times that each test is run.", 
 _WARM = flag("-w --warmup", OUTPUT, "[1|0]", "Run each test once before the clock starts.", "1")
 _ROOF = flag("--roof", OUTPUT, "", "Measure the machine; column `limit`.")
 _OUTPUT = flag("-o --output", OUTPUT, "|".join(WRITERS), "Format of the table.", "md")
+_PROFILE = flag("--profile", OUTPUT, "", PROFILE_HELP)
 _VERBOSE = flag("-v --verbose", OUTPUT, "", "Say more on stderr.")
 
 
@@ -96,6 +97,7 @@ def bench(
     warmup: Annotated[str, _WARM] = "1",
     roof: Annotated[bool, _ROOF] = False,
     output: Annotated[str, _OUTPUT] = "md",
+    profile: Annotated[bool, _PROFILE] = False,
     verbose: Annotated[bool, _VERBOSE] = False,
     **values: Any,
 ) -> int:
@@ -106,12 +108,14 @@ def bench(
 
     from mlacli.bench_runner import EngineRunner
 
-    runner = EngineRunner(repetitions=n, warmup=warm, roof=roof, verbose=verbose)
+    runner = EngineRunner(repetitions=n, warmup=warm, roof=roof, profile=profile, verbose=verbose)
     rows: list[benching.BenchRow] = []
     try:
         for row in benching.run_cases(cases, runner):
             rows.append(row)
             console.note(f"{len(rows)}/{len(cases)}: {row.case.test} {row.error or 'done'}")
+            for line in row.result.profile if row.result else ():
+                console.note(line)
     finally:  # what was measured is shown even when the rest is stopped
         if rows:
             console.write(format(rows, roof))

@@ -16,6 +16,7 @@ from mlacli.cli.options import flag, parameter
 from mlacli.settings import RunSettings, fitted
 
 MODEL, ATTENTION, SAMPLING, PROMPT = "Model and memory", "Attention", "Sampling", "Prompt"
+PROFILE_HELP = "Show on stderr where the time goes, by op; with -v also by layer."
 DEMO_MODEL = "a small model that comes with mlacli"
 NO_FLASH_ATTENTION = {"-no-fa": "-fa off", "--no-flash-attn": "-fa off"}
 _ONLY_MLA_0 = ", ".join(name for name in CACHE_FORMATS if name not in LATENT_CACHE_TYPES)

@@ -8,8 +8,15 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from mlacli.cli import console
-from mlacli.cli.flags import NO_FLASH_ATTENTION, PROMPT, flags_of, given, run_settings
-from mlacli.cli.options import StrictCommand, flag, new_app, takes
+from mlacli.cli.flags import (
+    NO_FLASH_ATTENTION,
+    PROFILE_HELP,
+    PROMPT,
+    flags_of,
+    given,
+    run_settings,
+)
+from mlacli.cli.options import OTHER, StrictCommand, flag, new_app, parameter, takes
 from mlacli.errors import UsageError
 from mlacli.settings import Request, RunSettings, SamplingSettings, notes
 
@@ -45,10 +52,11 @@ _CONVERSATION = flag(
     "Put the prompt into the model's chat template, or continue it as it stands.",
     "on",
 )
+_PROFILE = parameter("profile", flag("--profile", OTHER, "", PROFILE_HELP), bool, False)
 
 
 @app.command("run", cls=RunCommand)
-@takes(flags_of(Request, SamplingSettings, RunSettings))
+@takes([*flags_of(Request, SamplingSettings, RunSettings), _PROFILE])
 def run(
     prompt: Annotated[str | None, _PROMPT] = None,
     file: Annotated[str | None, _FILE] = None,
@@ -70,7 +78,9 @@ def run(
 
     from mlacli.session import run_prompt
 
-    return run_prompt(settings, request, write=console.write, note=console.note)
+    return run_prompt(
+        settings, request, write=console.write, note=console.note, profile=values["profile"]
+    )
 
 
 def _text(text: str | None, file: str | None, flags: tuple[str, str], escape: bool) -> str | None:

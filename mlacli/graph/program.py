@@ -14,7 +14,7 @@ import numpy as np
 
 from codegen import job as job_layout
 from codegen.jit import Jit
-from codegen.pool import LAUNCH_WORDS, Pool, aligned_words
+from codegen.pool import LAUNCH_WORDS, Pool, Records, aligned_words
 from mlacli.graph.lower import At, Launch, Lower, Operand, Scratch, scratch_bytes
 from mlacli.graph.node import Dim, Graph, Node
 from mlacli.graph.ops import lower_graph
@@ -38,6 +38,7 @@ class Program:
     def __init__(self, graph: Graph, plan: Plan, lower: Lower, memory: Memory, jit: Jit) -> None:
         self._plan, self._memory, self._bounds = plan, memory, lower.bounds
         launches = lower_graph(lower, graph)
+        self.nodes = tuple(launch.node for launch in launches)  # of each row of the table
         kernels = [jit.load(launch.spec) for launch in launches]
         slots = [len(launch.operands) + 1 for launch in launches]
         self._args = aligned_words(sum(slots))
@@ -56,10 +57,10 @@ class Program:
     def n_barriers(self) -> int:
         return int(self.table[:, 2].sum())
 
-    def run(self, pool: Pool, n_threads: int) -> bool:
-        """One pass; False when it was cancelled."""
+    def run(self, pool: Pool, n_threads: int, records: Records | None = None) -> bool:
+        """One pass, its times into `records`; False when it was cancelled."""
         self._counters[:] = 0
-        return pool.run(self.table, n_threads)
+        return pool.run(self.table, n_threads, records)
 
     def address(self, node: Node) -> int:
         """Where a node's memory is."""

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from codegen.dtypes import i64
 from codegen.jit import Jit
 from codegen.kernel import dim, kernel, ptr
-from codegen.pool import LAUNCH_WORDS, Pool
+from codegen.pool import LAUNCH_WORDS, Pool, record_table
 from codegen.values import Pointer, Value
 from tests.kernels.harness import compiler, host_targets
 
@@ -125,3 +125,32 @@ def test_a_closed_pool_lets_its_threads_go() -> None:
     assert threading.active_count() == before
     with pytest.raises(RuntimeError, match="cannot run"):
         pool.run(Table(1, 1).launches, 1)
+
+
+def test_a_step_records_when_each_launch_ran(pool: Pool) -> None:
+    table = Table(20, 3)
+    table.launches[::2, 2] = 1  # with a barrier first
+    for n_threads in range(1, pool.n_threads + 1):
+        records = record_table(n_threads, 20)
+        before = time.clock_gettime_ns(time.CLOCK_MONOTONIC)
+        assert pool.run(table.launches, n_threads, records)
+        after = time.clock_gettime_ns(time.CLOCK_MONOTONIC)
+        assert before <= records.min() and records.max() <= after
+        assert (np.diff(records, axis=1) >= 0).all()
+        starts, ends = records[:, 1::2], records[:, 2::2]
+        assert (starts < ends).all()
+        # nobody starts behind a barrier before everybody has ended what was before it
+        assert (starts[:, 2::2].min(axis=0) >= ends[:, 1:-1:2].max(axis=0)).all()
+
+
+def test_nothing_is_recorded_unasked(pool: Pool) -> None:
+    table, records = Table(3, 1), record_table(pool.n_threads, 3)
+    pool.run(table.launches, pool.n_threads, records)
+    kept = records.copy()
+    pool.run(table.launches, pool.n_threads)
+    assert np.array_equal(records, kept)
+
+
+def test_records_of_another_table_are_refused(pool: Pool) -> None:
+    with pytest.raises(ValueError, match="records"):
+        pool.run(Table(3, 1).launches, pool.n_threads, record_table(pool.n_threads, 2))
