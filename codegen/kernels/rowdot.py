@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from codegen.dtypes import f16, f32, i8, i32, i64, u16
@@ -98,16 +97,20 @@ def few_dots(
     Lanes from n_rows on hold anything.
     """
     multiply = _code_dots if fmt.integer_dot else _float_dots
-    if n_tokens == 1:
-        zero = k.const(0, i64)
-        store(zero, multiply(k, fmt, rows, Inputs(x, 1, x_pitch, n_cols))(zero))
+
+    def together(first: Value, count: Value | int) -> None:
+        sums = multiply(k, fmt, rows, Inputs(x.bytes(first * x_pitch), count, x_pitch, n_cols))
+        _each(k, count, lambda t: store(first + t, sums(t)))
+
+    if isinstance(n_tokens, int):
+        for t in range(n_tokens):
+            together(k.const(t, i64), 1)
         return
-    with k.loop(0, n_tokens, TOGETHER) as first:
-        count = k.minimum(n_tokens - first, TOGETHER)
-        inputs = Inputs(x.bytes(first * x_pitch), count, x_pitch, n_cols)
-        sums = multiply(k, fmt, rows, inputs)
-        with k.loop(0, count) as t:
-            store(first + t, sums(t))
+    with k.either(n_tokens.eq(1)) as (one, more):
+        with one:
+            together(k.const(0, i64), 1)
+        with more, k.loop(0, n_tokens, TOGETHER) as first:
+            together(first, k.minimum(n_tokens - first, TOGETHER))
 
 
 def _each(k: Kernel, count: Value | int, do: Callable[[Value], None]) -> None:
@@ -130,42 +133,53 @@ def _code_dots(k: Kernel, fmt: BlockFormat, rows: Stream, x: Inputs) -> Callable
     step = n * fmt.block_bytes
     further = max(0, AHEAD_BYTES // (n_blocks * step) - 1)  # small groups: not the next one
     ahead = rows.following.bytes(further * n_blocks * step)
-    read: BlockReader = partial(repacked.load_block, k, fmt, rows.first)
-    if not fmt.interleaved:
-        read = _turning_reader(k, fmt, rows, n_blocks)
-    with k.loop(0, n_blocks) as b:
+
+    def meet(b: Value, groups: list[Value], scale: Value) -> None:
         for line in range(0, step, k.target.cache_line):
             k.prefetch(ahead.bytes(b * step).bytes(line), L2)
-        groups, scale = read(b)
 
-        def meet(t: Value) -> None:
+        def token(t: Value) -> None:
             place, x_row = totals.at(t * n), x.row(t)
             dot, x_scale = block_dot(k, groups, x_row, b, n_blocks)
             place.store(place.load(f32 * n) + dot.to(f32) * (scale * x_scale))
 
-        _each(k, x.count, meet)
+        _each(k, x.count, token)
+
+    if fmt.interleaved:
+        with k.loop(0, n_blocks) as b:
+            meet(b, *repacked.load_block(k, fmt, rows.first, b))
+    else:
+        _turn_blocks(k, fmt, rows, n_blocks, meet)
     return lambda t: totals.at(t * n).load(f32 * n)
 
 
-def _turning_reader(k: Kernel, fmt: BlockFormat, rows: Stream, n_blocks: int) -> BlockReader:
-    """Turns the blocks of rows that lie one after another, as in the file."""
+def _turn_blocks(
+    k: Kernel,
+    fmt: BlockFormat,
+    rows: Stream,
+    n_blocks: int,
+    meet: Callable[[Value, list[Value], Value], None],
+) -> None:
+    """meet(b, codes, scales) for each block of rows that lie one after another, as in the file."""
     n, pitch = k.target.lanes, n_blocks * fmt.block_bytes
-    scales = k.stack(u16 * n, n_blocks + LEAD).at(0, u16)
+    scales = k.stack(u16 * n, n_blocks).at(0, u16)
     starts = [rows.first.bytes(rows.at_most(k, i) * pitch) for i in range(n)]
+    lead = min(LEAD, n_blocks)
 
-    def copy(to: Value, b: Value) -> None:
-        blocks = [row.bytes(b * fmt.block_bytes) for row in starts]
-        copy_scales(k, fmt, blocks, scales.at(to * n))
+    def blocks(b: Value) -> list[Pointer]:
+        return [row.bytes(b * fmt.block_bytes) for row in starts]
 
-    with k.loop(0, min(LEAD, n_blocks)) as b:
-        copy(b, b)
+    def turn(b: Value) -> None:
+        scale = scales.at(b * n).load(u16 * n).bits_as(f16 * n).to(f32)
+        meet(b, code_groups(k, fmt, blocks(b)), scale)
 
-    def read(b: Value) -> tuple[list[Value], Value]:
-        copy(b + LEAD, k.minimum(b + LEAD, n_blocks - 1))
-        groups = code_groups(k, fmt, [row.bytes(b * fmt.block_bytes) for row in starts])
-        return groups, scales.at(b * n).load(u16 * n).bits_as(f16 * n).to(f32)
-
-    return read
+    with k.loop(0, lead) as b:
+        copy_scales(k, fmt, blocks(b), scales.at(b * n))
+    with k.loop(0, n_blocks - lead) as b:
+        copy_scales(k, fmt, blocks(b + lead), scales.at((b + lead) * n))
+        turn(b)
+    with k.loop(n_blocks - lead, n_blocks) as b:
+        turn(b)
 
 
 def block_dot(

@@ -50,6 +50,13 @@ class Target:
             acc = acc + k.shuffle(products, products, [4 * j + i for j in range(n)])
         return acc
 
+    def dot_i16(self, k: Kernel, acc: Value, a: Value, b: Value) -> Value:
+        """acc[j] += a[2j] * b[2j] + a[2j+1] * b[2j+1] over i16 pairs, exact; no number is -32768."""
+        products, n = a.to(i32) * b.to(i32), acc.type.lanes
+        for i in range(2):
+            acc = acc + k.shuffle(products, products, [2 * j + i for j in range(n)])
+        return acc
+
     def dot_bf16(self, k: Kernel, acc: Value, a: Value, b: Value) -> Value:
         """acc[j] += a[2j] * b[2j] + a[2j+1] * b[2j+1] over bf16 pairs, in f32."""
         n = acc.type.lanes

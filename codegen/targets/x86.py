@@ -62,14 +62,20 @@ class X86(Target):
     def _pair_sums(self, k: Kernel, weights: Value, codes: Value) -> Value:
         """u8 * s8 into i16 pairs, then into i32 (pmaddubsw, pmaddwd)."""
         n = weights.type.lanes
-        first, second = {
-            16: ("ssse3.pmadd.ub.sw.128", "sse2.pmadd.wd"),
-            32: ("avx2.pmadd.ub.sw", "avx2.pmadd.wd"),
-            64: ("avx512.pmaddubs.w.512", "avx512.pmaddw.d.512"),
+        first = {
+            16: "ssse3.pmadd.ub.sw.128",
+            32: "avx2.pmadd.ub.sw",
+            64: "avx512.pmaddubs.w.512",
         }[n]
         pairs = k.intrinsic("llvm.x86." + first, i16 * (n // 2), weights, codes)
         ones = k.const(1, i16 * (n // 2))
-        return k.intrinsic("llvm.x86." + second, i32 * (n // 4), pairs, ones)
+        return k.intrinsic(_PAIR_PRODUCTS[n // 2], i32 * (n // 4), pairs, ones)
+
+    def dot_i16(self, k: Kernel, acc: Value, a: Value, b: Value) -> Value:
+        n = acc.type.lanes
+        if self.vnni:
+            return k.intrinsic(f"llvm.x86.avx512.vpdpwssd.{32 * n}", acc.type, acc, a, b)
+        return acc + k.intrinsic(_PAIR_PRODUCTS[2 * n], acc.type, a, b)
 
     def dot_bf16(self, k: Kernel, acc: Value, a: Value, b: Value) -> Value:
         n = acc.type.lanes
@@ -105,6 +111,12 @@ class X86(Target):
         k.void_intrinsic("llvm.x86.sse2.pause")
 
 
+# pmaddwd, by the number of i16 lanes
+_PAIR_PRODUCTS = {
+    8: "llvm.x86.sse2.pmadd.wd",
+    16: "llvm.x86.avx2.pmadd.wd",
+    32: "llvm.x86.avx512.pmaddw.d.512",
+}
 TRIPLE = "x86_64-unknown-linux-gnu"
 _AVX2 = "+avx2,+fma,+f16c,+bmi,+bmi2,+popcnt,+lzcnt,+movbe"
 _AVX512 = _AVX2 + ",+avx512f,+avx512bw,+avx512vl,+avx512dq,+avx512cd"
