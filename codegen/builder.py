@@ -447,6 +447,11 @@ class Kernel:
         flags = CONTRACT if result.kind == "f" else ()
         return Value(self, self.b.call(function, [v.ir for v in values], fastmath=flags), result)
 
+    def opaque(self, v: Value) -> Value:
+        """The same value, of which LLVM no longer knows what it is."""
+        identity = ir.InlineAsm(ir.FunctionType(v.ir.type, [v.ir.type]), "", "=v,0")
+        return Value(self, self.b.call(identity, [v.ir]), v.type)
+
     def void_intrinsic(self, name: str, *constants: int) -> None:
         """Call an intrinsic for its effect; its parameters are i32 constants."""
         words = [ir.Constant(ir.IntType(32), c) for c in constants]

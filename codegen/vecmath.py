@@ -110,6 +110,13 @@ def softmax_step(
     return keep, p
 
 
+def join(k: Kernel, pieces: list[Value]) -> Value:
+    """Concatenate a power of two of vectors."""
+    while len(pieces) > 1:
+        pieces = [k.concat(a, b) for a, b in zip(pieces[::2], pieces[1::2], strict=True)]
+    return pieces[0]
+
+
 def transpose4(k: Kernel, rows: Sequence[Value]) -> list[Value]:
     """Dwords of four vectors: result[j] holds, per group of 4 lanes, dword j of the four inputs.
 

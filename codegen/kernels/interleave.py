@@ -11,7 +11,7 @@ from codegen.dtypes import u8, u16, u32
 from codegen.formats import BlockFormat
 from codegen.kernels.blocks import BLOCK
 from codegen.values import Pointer, Value
-from codegen.vecmath import transpose4
+from codegen.vecmath import join, transpose4
 
 if TYPE_CHECKING:
     from codegen.builder import Kernel
@@ -29,13 +29,6 @@ def turn(k: Kernel, fours: list[Value]) -> list[Value]:
     """4 lanes of every row -> 4 vectors; vector j has lane j of row i in lane i."""
     n = k.target.lanes
     return transpose4(k, [join(k, [fours[g + i] for g in range(0, n, 4)]) for i in range(4)])
-
-
-def join(k: Kernel, pieces: list[Value]) -> Value:
-    """Concatenate a power of two of vectors."""
-    while len(pieces) > 1:
-        pieces = [k.concat(a, b) for a, b in zip(pieces[::2], pieces[1::2], strict=True)]
-    return pieces[0]
 
 
 def code_groups(k: Kernel, fmt: BlockFormat, blocks: list[Pointer]) -> list[Value]:

@@ -11,11 +11,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from codegen.dtypes import DType, f32, u8
+from codegen.dtypes import DType, f32, i64, u8
 from codegen.formats import BlockFormat
 from codegen.kernel import dim, kernel, ptr
 from codegen.kernels.panel import Rows, multiply_rows, panel_rows
-from codegen.kernels.rowdot import Stream, few_dots, group_size, tiles_ahead
+from codegen.kernels.rowdot import few_dots
+from codegen.kernels.spread import Inputs, activations
+from codegen.kernels.stream import Stream, group_size, tiles_ahead
 from codegen.values import Pointer, Value
 
 if TYPE_CHECKING:
@@ -60,9 +62,15 @@ def matvec(
         head, start = tile // per_head, tile % per_head * ROWS_PER_TILE
         return head, start, w.bytes(head * s.w_pitch + start * pitch)
 
+    held = activations(k, (fmt,), s.n_cols, s.x_token)
     with tiles_ahead(k, per_head * s.n_heads) as (tile, next_tile):
         head, start, address = place(tile)
         x_rows, (*_, after) = x.bytes(head * s.x_head), place(next_tile)
+
+        def take(fmt: BlockFormat, first: Value, count: Value | int) -> Inputs:
+            key, rows = head * n_tokens + first, x_rows.bytes(first * s.x_token)
+            return held.hold(key, rows, count).inputs(fmt, k.const(0, i64), count)
+
         stop = k.minimum(start + ROWS_PER_TILE, s.n_rows)
         with k.loop(start, stop, n) as first:
             here = address.bytes((first - start) * pitch)
@@ -75,7 +83,7 @@ def matvec(
                     total = total + load_rows(k, residual.at(at), total.type, first, s.n_rows)
                 store_rows(k, y.at(at), total, first, s.n_rows)
 
-            few_dots(k, fmt, rows, x_rows, n_tokens, store, s.n_cols, s.x_token)
+            few_dots(k, fmt, rows, take, n_tokens, store)
 
 
 @kernel(y=ptr(f32), w=ptr(u8), x=ptr(u8), residual=ptr(f32), scratch=ptr(u8), n_tokens=dim())

@@ -18,7 +18,8 @@ from codegen.kernel import dim, kernel, ptr
 from codegen.kernels.gated import Matrix, gated
 from codegen.kernels.matmul import load_rows, store_rows
 from codegen.kernels.panel import Rows, multiply_rows, panel_rows
-from codegen.kernels.rowdot import Store, tiles_ahead
+from codegen.kernels.rowdot import Store
+from codegen.kernels.stream import tiles_ahead
 from codegen.values import Pointer, Value
 
 if TYPE_CHECKING:

@@ -16,7 +16,9 @@ from codegen.formats import BlockFormat
 from codegen.kernel import dim, kernel, ptr
 from codegen.kernels.gated import Matrix, gated
 from codegen.kernels.matmul import ROWS_PER_TILE, load_rows, store_rows
-from codegen.kernels.rowdot import Store, Stream, few_dots, group_size, tiles_ahead
+from codegen.kernels.rowdot import Store, few_dots
+from codegen.kernels.spread import Activations, Held, Inputs, Take, activations
+from codegen.kernels.stream import Stream, group_size, tiles_ahead
 from codegen.values import Pointer, Value
 
 if TYPE_CHECKING:
@@ -36,13 +38,23 @@ def group_product(
     w: Matrix,
     first: Value,
     following: Pointer,
-    x: Pointer,
+    take: Take,
     n_tokens: Value | int,
     store: Store,
 ) -> None:
     """One group of rows meets all tokens."""
     rows = Stream(w.row(first), group_size(k, first, w.n_rows), following)
-    few_dots(k, w.fmt, rows, x, n_tokens, store, w.n_cols, w.x_pitch)
+    few_dots(k, w.fmt, rows, take, n_tokens, store)
+
+
+def rows_of(held: Activations, x: Pointer, key: Value) -> Take:
+    """Takes the activations from the rows at x, which `key` tells from others."""
+
+    def take(fmt: BlockFormat, first: Value, count: Value | int) -> Inputs:
+        rows = held.hold(key + first, x.bytes(first * held.pitch), count)
+        return rows.inputs(fmt, held.k.const(0, i64), count)
+
+    return take
 
 
 def gated_group(
@@ -50,7 +62,7 @@ def gated_group(
     y: Pointer,
     gate: Matrix,
     up: Matrix,
-    x: Pointer,
+    take: Take,
     n_tokens: Value | int,
     first: Value,
     following: Pointer,
@@ -58,7 +70,7 @@ def gated_group(
     """y[t, first:] = silu(gate x[t]) * (up x[t]) for one group of rows."""
 
     def multiply(w: Matrix, following: Pointer, store: Store) -> None:
-        group_product(k, w, first, following, x, n_tokens, store)
+        group_product(k, w, first, following, take, n_tokens, store)
 
     def place(t: Value) -> Pointer:
         return y.at(t * gate.n_rows + first)
@@ -86,11 +98,13 @@ def up_gate_vec(
 ) -> None:
     """The same as `up_gate`, row by row."""
     gates, ups = Matrix(gate, fmt_gate, n_rows, n_cols), Matrix(up, fmt_up, n_rows, n_cols)
+    held = activations(k, (fmt_gate, fmt_up), n_cols, gates.x_pitch)
+    take = rows_of(held, x, k.const(0, i64))
     with tiles_ahead(k, tile_count(n_rows)) as (tile, next_tile):
         after = gates.row(next_tile * ROWS_PER_TILE)
         with row_groups(k, tile * ROWS_PER_TILE, n_rows) as (first, is_last):
             following = k.select_pointer(is_last, after, gates.row(first + k.target.lanes))
-            gated_group(k, y, gates, ups, x, n_tokens, first, following)
+            gated_group(k, y, gates, ups, take, n_tokens, first, following)
 
 
 @contextmanager
@@ -138,9 +152,11 @@ def moe_up_gate_vec(
 ) -> None:
     """y[slot] = silu(gate_e x[token]) * (up_e x[token]), e = ids[slot]; 0 for dropped slots."""
     gates, ups = Matrix(gate, fmt_gate, n_rows, n_cols), Matrix(up, fmt_up, n_rows, n_cols)
+    held = activations(k, (fmt_gate, fmt_up), n_cols, gates.x_pitch, capacity=1)
     with slot_rows(k, y, ids, n_tokens * n_used, gates) as (slot, expert, first, following):
-        row, out = x.bytes(slot // n_used * gates.x_pitch), y.at(slot * n_rows)
-        gated_group(k, out, gates.expert(expert), ups.expert(expert), row, 1, first, following)
+        token, out = slot // n_used, y.at(slot * n_rows)
+        take = rows_of(held, x.bytes(token * gates.x_pitch), token)
+        gated_group(k, out, gates.expert(expert), ups.expert(expert), take, 1, first, following)
 
 
 @kernel(y=ptr(f32), w=ptr(u8), x=ptr(u8), ids=ptr(i32), n_tokens=dim())
@@ -161,13 +177,15 @@ def moe_matmul_vec(
     """y[slot] = w_e x[slot], or x[token] when the input has a row per token; e = ids[slot]; 0 for
     dropped slots."""
     experts = Matrix(w, fmt, n_rows, n_cols)
+    held = activations(k, (fmt,), n_cols, experts.x_pitch, capacity=1)
     with slot_rows(k, y, ids, n_tokens * n_used, experts) as (slot, expert, first, following):
 
         def store(t: Value, total: Value) -> None:
             store_rows(k, y.at(slot * n_rows + first), total, first, n_rows)
 
-        row = x.bytes((slot if per_slot else slot // n_used) * experts.x_pitch)
-        group_product(k, experts.expert(expert), first, following, row, 1, store)
+        row = slot if per_slot else slot // n_used
+        take = rows_of(held, x.bytes(row * experts.x_pitch), row)
+        group_product(k, experts.expert(expert), first, following, take, 1, store)
 
 
 @kernel(y=ptr(f32), w=ptr(u8), x=ptr(u8), ids=ptr(i32), weights=ptr(f32), n_tokens=dim())
@@ -192,9 +210,11 @@ def moe_down_vec(
         """A row of the slot's expert; some row if the slot is dropped."""
         return experts.expert(k.maximum(ids[slot].to(i64), 0)).row(row)
 
+    held = activations(k, (fmt,), n_cols, experts.x_pitch, capacity=n_used)
     with tiles_ahead(k, n_tokens * parts) as (tile, next_tile):
         token, start = tile // parts, tile % parts * ROWS_PER_TILE
         next_part = of_slot(next_tile // parts * n_used, next_tile % parts * ROWS_PER_TILE)
+        rows = held.hold(token, x.bytes(token * n_used * held.pitch), n_used)
         last_slot = (token + 1) * n_used - 1
         with k.loop(token * n_used, last_slot + 1) as slot:
             expert = ids[slot].to(i64)
@@ -212,5 +232,12 @@ def moe_down_vec(
                     added = load_rows(k, place, total.type, first, n_rows) + total * weight
                     store_rows(k, place, added, first, n_rows)
 
-                row = x.bytes(slot * experts.x_pitch)
-                group_product(k, matrix, first, following, row, 1, store)
+                rank = slot - token * n_used
+
+                def take(
+                    fmt: BlockFormat, _: Value, count: Value | int, rank: Value = rank,
+                    rows: Held = rows,
+                ) -> Inputs:  # fmt: skip
+                    return rows.inputs(fmt, rank, count)
+
+                group_product(k, matrix, first, following, take, 1, store)

@@ -25,7 +25,8 @@ from codegen.kernels.panel_decode import (
     panel_rows,
     part_blocks,
 )
-from codegen.kernels.rowdot import L2, Store
+from codegen.kernels.rowdot import Store
+from codegen.kernels.stream import L2
 from codegen.targets.base import Target
 from codegen.values import Pointer, Value, Var
 

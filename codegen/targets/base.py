@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from codegen.dtypes import DType, f16, f32, i8, i32, u8, u16, u32
-from codegen.values import Value
+from codegen.values import Pointer, Value
+from codegen.vecmath import join
 
 if TYPE_CHECKING:
     from codegen.builder import Kernel
@@ -75,6 +76,23 @@ class Target:
     def lookup_nibble(self, k: Kernel, table: tuple[int, ...], codes: Value) -> Value:
         """table[low nibble] per byte: the upper bits of `codes` may be anything."""
         return self.lookup16(k, table, codes & 15)
+
+    def load_pieces(self, k: Kernel, at: Pointer, stride: int) -> Value:
+        """16 bytes from each of `lanes / 4` places that are `stride` bytes apart, as u32 lanes.
+
+        Nothing behind the last piece is read.
+        """
+        places = [at.bytes(stride * i, u32) for i in range(self.lanes // 4)]
+        return join(k, [place.load(u32 * 4) for place in places])
+
+    def load_scales(self, k: Kernel, at: Pointer, stride: int) -> Value:
+        """f16 from `lanes / 4` places that are `stride` bytes apart, each in four lanes, as f32.
+
+        Up to 64 bytes may be read, or 16 behind the last scale if that is more.
+        """
+        places = [at.bytes(stride * i, u16) for i in range(self.lanes // 4)]
+        fours = join(k, [k.splat(place.load(), 4) for place in places])
+        return fours.bits_as(f16 * self.lanes).to(f32)
 
     def f16_to_f32(self, k: Kernel, v: Value) -> Value:
         """By bits: scale the shifted exponent and mantissa by 2^112; infinities kept."""

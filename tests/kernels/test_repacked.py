@@ -91,10 +91,19 @@ def test_rows_are_copied(target: Target, fmt: BlockFormat) -> None:
 SIZES = ((1, 32, 1, True), (3, 352, 2, False))
 
 
+def assert_same(spec: Any, found: Any, expected: Any) -> None:
+    """Bit by bit, except for few tokens: there, rows one after another are added up by columns."""
+    if "vec" in spec.name:
+        largest = np.abs(expected).max()
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6 * largest)
+    else:
+        assert found.tobytes() == expected.tobytes(), spec.name
+
+
 @each_target
 @each_format
 def test_products(target: Target, fmt: BlockFormat) -> None:
-    """The bits of the same rows one after another; exact where nothing is to be rounded."""
+    """What the same rows one after another give; exact where nothing is to be rounded."""
     n = target.lanes
     for exact, (groups, n_cols, n_heads, residual) in zip((True, False), SIZES, strict=True):
         case = Case(fmt, target, (groups * n, n_cols, n_heads, residual), exact)
@@ -106,7 +115,7 @@ def test_products(target: Target, fmt: BlockFormat) -> None:
                 args, expected = other.arguments(spec, n_tokens), case.arguments(before, n_tokens)
                 run_kernel(spec, target, args, n_threads=2)
                 run_kernel(before, target, expected, n_threads=2)
-                assert other.heads(args["y"]).tobytes() == case.heads(expected["y"]).tobytes()
+                assert_same(spec, other.heads(args["y"]), case.heads(expected["y"]))
                 if exact:
                     found = other.heads(args["y"])
                     np.testing.assert_array_equal(found, other.expected(n_tokens)[0])
@@ -154,7 +163,7 @@ def test_experts(target: Target, n_tokens: int) -> None:
     for case, expected in zip(runs(layer), runs(layer.before), strict=True):
         found = run(layer, case)
         assert np.isfinite(found).all()
-        assert found.tobytes() == run(layer, expected).tobytes(), case[0].name
+        assert_same(case[0], found, run(layer, expected))
         if n_tokens == 5:
             check_harder(layer, case)
 
@@ -178,4 +187,4 @@ def test_shared_expert_of_two_layouts(target: Target, few: bool) -> None:
             spec = moe.up_gate(**sizes, scratch_bytes=room)
         found.append(run(layer, (spec, args)))
     assert np.isfinite(found[0]).all()
-    assert found[0].tobytes() == found[1].tobytes()
+    assert_same(spec, found[0], found[1])
