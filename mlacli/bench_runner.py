@@ -6,7 +6,7 @@ import math
 import resource
 import time
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass, field
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from codegen.pool import Pool
 from mlacli.bench import BenchCase, BenchResult, ModelFacts
 from mlacli.engine import Cancelled, Engine, Model, load_model
 from mlacli.errors import Interrupted
-from mlacli.machine import Peaks, cpu_name, machine_profile, make_jit, measure_peaks
+from mlacli.machine import Peaks, Roof, cpu_name, machine_profile, make_jit, mean_peaks
 from mlacli.profile import Profiles
 from mlacli.profile_table import profile_lines
 from mlacli.roofline import row_seconds
@@ -52,7 +52,8 @@ class EngineRunner:
         if self.warmup:
             self._fill(engine, case)
             self._once(engine, case)
-        before = self._peaks(case) if self.roof or self.profile else None
+        roof = self._roof(case) if self.roof or self.profile else None
+        found = [roof.measure()] if roof else []
         profiles = Profiles() if self.profile else None
         samples, faults = [], 0
         for _ in range(self.repetitions):
@@ -60,7 +61,8 @@ class EngineRunner:
             faults -= _major_faults()
             samples.append(self._once(engine, case, profiles))
             faults += _major_faults()
-        peaks = _mean(before, self._peaks(case)) if before else None
+            found += [roof.measure()] if roof else []
+        peaks = mean_peaks(found) if found else None
         when = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
         return BenchResult(
             facts(engine.model),
@@ -121,9 +123,9 @@ class EngineRunner:
         self._engine = (settings, engine)
         return engine
 
-    def _peaks(self, case: BenchCase) -> Peaks:
+    def _roof(self, case: BenchCase) -> Roof:
         assert self._jit is not None and self._pool is not None
-        return measure_peaks(self._jit, self._pool, case.settings.n_threads)
+        return Roof(self._jit, self._pool, case.settings.n_threads)
 
     def _profile(
         self,
@@ -155,12 +157,6 @@ class EngineRunner:
             n_depth=case.n_depth + case.n_fill,
         )
         return case.n_timed / seconds
-
-
-def _mean(before: Peaks, after: Peaks) -> Peaks:
-    """Between two measurements."""
-    pairs = zip(astuple(before)[1:], astuple(after)[1:], strict=True)
-    return Peaks(before.n_threads, *((first + second) / 2 for first, second in pairs))
 
 
 def _tokens(engine: Engine, n: int) -> Sequence[int]:

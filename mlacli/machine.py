@@ -14,7 +14,7 @@ import os
 import platform
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, astuple, dataclass
 from functools import partial
 from pathlib import Path
@@ -30,6 +30,7 @@ from codegen.targets.base import Target
 from mlacli.calibrate import measure_profile
 from mlacli.debug import ENV
 from mlacli.errors import UsageError
+from mlacli.memory import allocate, mostly_huge
 from mlacli.model.choose import MachineProfile
 
 _ROUNDS = 100_000
@@ -62,20 +63,42 @@ def make_jit() -> Jit:
     return Jit(target, ObjectCache(folder / "objects") if folder else None)
 
 
+class Roof:
+    """The roof kernels with what they work on: memory of the kind of pages the weights lie in."""
+
+    def __init__(
+        self, jit: Jit, pool: Pool, n_threads: int, *, read_bytes: int = _READ_BYTES
+    ) -> None:
+        self._pool, self._n_threads, self._target = pool, n_threads, jit.target
+        out, seed = aligned_bytes(64 * n_threads).view(np.float32), aligned_bytes(256)
+        self._peaks = {
+            what: Call(jit, roof.peak(what=what), [out, seed, _ROUNDS]) for what in roof.OPERATIONS
+        }
+        data = allocate(read_bytes, "--roof", huge=mostly_huge())
+        data[:] = 1
+        self._read_bytes = data.nbytes
+        self._read = Call(jit, roof.read_memory(), [out, data.view(np.uint32), data.nbytes])
+
+    def measure(self) -> Peaks:
+        """The best of a few short runs of every kernel."""
+        n, rates = self._n_threads, {}
+        for what, call in self._peaks.items():
+            per_round = roof.multiply_adds(what, self._target.lanes, self._target.registers)
+            seconds = best_of(partial(call.run, self._pool, n), 3)
+            rates[what] = n * _ROUNDS * per_round / seconds
+        seconds = best_of(partial(self._read.run, self._pool, n), 3)
+        return Peaks(n, rates["int8"], rates["bf16"], rates["f32"], self._read_bytes / seconds)
+
+
 def measure_peaks(jit: Jit, pool: Pool, n_threads: int, *, read_bytes: int = _READ_BYTES) -> Peaks:
-    """The best of a few short runs of every roof kernel."""
-    target = jit.target
-    out, seed = aligned_bytes(64 * n_threads).view(np.float32), aligned_bytes(256)
-    rates = {}
-    for what in roof.OPERATIONS:
-        call = Call(jit, roof.peak(what=what), [out, seed, _ROUNDS])
-        per_round = roof.multiply_adds(what, target.lanes, target.registers)
-        seconds = best_of(partial(call.run, pool, n_threads), 3)
-        rates[what] = n_threads * _ROUNDS * per_round / seconds
-    data = np.ones(read_bytes // 4, np.uint32)
-    read = Call(jit, roof.read_memory(), [out, data, data.nbytes])
-    seconds = best_of(partial(read.run, pool, n_threads), 3)
-    return Peaks(n_threads, rates["int8"], rates["bf16"], rates["f32"], data.nbytes / seconds)
+    """What this machine can do just now."""
+    return Roof(jit, pool, n_threads, read_bytes=read_bytes).measure()
+
+
+def mean_peaks(found: Sequence[Peaks]) -> Peaks:
+    """Of measurements spread over a time."""
+    columns = zip(*(astuple(peaks)[1:] for peaks in found), strict=True)
+    return Peaks(found[0].n_threads, *(sum(column) / len(found) for column in columns))
 
 
 def best_of(run: Callable[[], object], times: int) -> float:

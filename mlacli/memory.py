@@ -31,9 +31,8 @@ def allocate(n: int, what: str, *, huge: bool = False) -> Block:
         block = mmap.mmap(-1, max(n, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     except (OSError, OverflowError, ValueError, MemoryError) as problem:
         raise SpaceError(f"{what} needs {n / MIB:.2f} MiB, more than there is") from problem
-    if huge and hasattr(mmap, "MADV_HUGEPAGE"):
-        with contextlib.suppress(OSError):  # a kernel without them: huge_bytes will say 0
-            block.madvise(mmap.MADV_HUGEPAGE)
+    if huge:
+        ask_for_huge_pages(block)
     return np.frombuffer(block, np.uint8)[:n]
 
 
@@ -50,13 +49,33 @@ def lock(blocks: Sequence[Block]) -> str:
     return ""
 
 
+def ask_for_huge_pages(block: mmap.mmap) -> None:
+    """Before its pages are touched. Files get them too where the file system keeps large folios
+    (ext4 since Linux 6.16, XFS, btrfs) and the page cache does not hold small ones already."""
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError):  # a kernel without them: huge_bytes will say 0
+            block.madvise(mmap.MADV_HUGEPAGE)
+
+
 def huge_bytes() -> int:
-    """Bytes of this process's anonymous memory that lie in huge pages now (0 if unknown)."""
+    """Bytes of this process's memory and mapped files that lie in huge pages now (0 if unknown)."""
+    found = _memory_map()
+    return found.get("AnonHugePages", 0) + found.get("FilePmdMapped", 0)
+
+
+def mostly_huge() -> bool:
+    """Whether more than half of what is in memory lies in huge pages."""
+    return 2 * huge_bytes() > _memory_map().get("Rss", 0)
+
+
+def _memory_map() -> dict[str, int]:
+    """Sums over this process's mappings, in bytes; empty where the system does not tell."""
     with contextlib.suppress(OSError, ValueError, IndexError):
-        for line in Path("/proc/self/smaps_rollup").read_text().splitlines():
-            if line.startswith("AnonHugePages:"):
-                return int(line.split()[1]) * 1024
-    return 0
+        lines = Path("/proc/self/smaps_rollup").read_text().splitlines()[1:]
+        return {
+            name: int(rest.split()[0]) * 1024 for name, _, rest in (x.partition(":") for x in lines)
+        }
+    return {}
 
 
 def copy_of(source: Block, what: str, *, huge: bool) -> Block:

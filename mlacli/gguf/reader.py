@@ -21,6 +21,7 @@ from mlacli.errors import ModelError
 from mlacli.gguf.metadata import Metadata
 from mlacli.gguf.parse import Header, TensorInfo, parse_header
 from mlacli.gguf.problem import model_error
+from mlacli.memory import ask_for_huge_pages
 
 __all__ = ["GGUFFile", "MappedFile", "Metadata", "TensorInfo", "open_gguf"]
 
@@ -136,7 +137,9 @@ def _map(path: Path) -> mmap.mmap:
             raise model_error(path, "file", f"is {kind}; a GGUF file is needed")
         if status.st_size == 0:
             raise model_error(path, "file", "is empty", got="0 bytes")
-        return mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ)
+        mapped = mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ)
+        ask_for_huge_pages(mapped)
+        return mapped
     except OSError as problem:
         raise _cannot_open(path, problem) from None
     finally:
