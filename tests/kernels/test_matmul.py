@@ -12,6 +12,7 @@ from codegen.formats import F32, Q8_0, BlockFormat
 from codegen.kernel import KernelSpec
 from codegen.kernels.matmul import Shape, matmul, matvec
 from codegen.kernels.panel import panel_bytes
+from codegen.kernels.panel_decode import TOKENS as WAITING
 from codegen.targets.base import Target
 from tests.kernels.harness import (
     Array,
@@ -51,14 +52,18 @@ class Case:
     """One product: sizes, inputs and what is expected."""
 
     def __init__(
-        self, fmt: BlockFormat, target: Target, size: tuple[int, int, int, bool], exact: bool
+        self,
+        fmt: BlockFormat,
+        target: Target,
+        size: tuple[int, int, int, bool],
+        exact: bool,
+        n_tokens: int = max(TOKENS),
     ) -> None:
         n_rows, n_cols, n_heads, residual = size
         self.fmt, self.target, self.n_cols = fmt, target, n_cols
         rng = np.random.default_rng(n_rows + n_cols)
         make_w = exact_weights if exact else weights
         make_x = exact_activations if exact else activations
-        n_tokens = max(TOKENS)
         self.w = make_w(fmt, n_heads * n_rows, n_cols, rng)
         self.x = make_x(fmt, target.weight_bias, n_tokens * n_heads, n_cols, rng)
         x_pitch = self.x.data.shape[1]
@@ -172,6 +177,22 @@ def test_exact(target: Target, fmt: BlockFormat) -> None:
                 args = case.arguments(spec, n_tokens)
                 run_kernel(spec, target, args, n_threads=3)
                 np.testing.assert_array_equal(case.heads(args["y"]), case.expected(n_tokens)[0])
+
+
+@each_target
+@pytest.mark.parametrize("fmt", [Q8_0, F32], ids=str)
+def test_more_tokens_than_sums_can_wait(target: Target, fmt: BlockFormat) -> None:
+    """Bitwise what the first and the last of them give alone."""
+    n_tokens, few = WAITING + 19, 20
+    case = Case(fmt, target, (7, 352, 1, False), exact=False, n_tokens=n_tokens)
+    spec = case.specs()[1]
+    args = case.arguments(spec, n_tokens)
+    run_kernel(spec, target, args, n_threads=2)
+    assert_close(case.heads(args["y"]), *case.expected(n_tokens))
+    for chosen in (slice(0, few), slice(n_tokens - few, n_tokens)):
+        alone = case.arguments(spec, few) | {"x": args["x"][chosen].copy()}
+        run_kernel(spec, target, alone, n_threads=1)
+        assert case.heads(alone["y"]).tobytes() == case.heads(args["y"])[chosen].tobytes()
 
 
 @each_target
