@@ -79,14 +79,15 @@ class EngineRunner:
     ) -> tuple[int, int]:
         """The timed part: the prompt, then one token after another; nanoseconds of each."""
         at = case.n_depth + case.n_fill
+        prompt, tokens = _tokens(engine, case.n_prompt), _tokens(engine, case.n_gen)
         engine.profile = profiles.prompt if profiles else None
         start = time.perf_counter_ns()
         if case.n_prompt:
-            engine.eval(_tokens(engine, case.n_prompt), range(at, at + case.n_prompt))
+            engine.eval(prompt, range(at, at + case.n_prompt))
         engine.profile = profiles.generation if profiles else None
         between = time.perf_counter_ns()
-        for i in range(at + case.n_prompt, at + case.n_prompt + case.n_gen):
-            engine.eval(_tokens(engine, 1), [i])
+        for i, token in enumerate(tokens, at + case.n_prompt):
+            engine.eval([token], [i])
         engine.profile = None
         return between - start, time.perf_counter_ns() - between
 

@@ -31,8 +31,12 @@ class Matrix:
         """Bytes from one row of its input to the next: a8 rows, or f32 for other formats."""
         return row_bytes(self.n_cols) if self.fmt.integer_dot else 4 * self.n_cols
 
+    @property
+    def pitch(self) -> int:
+        return self.fmt.row_bytes(self.n_cols)
+
     def row(self, index: Value) -> Pointer:
-        return self.data.bytes(index * self.fmt.row_bytes(self.n_cols))
+        return self.data.bytes(index * self.pitch)
 
     def expert(self, index: Value) -> Matrix:
         """Another one of the stack."""

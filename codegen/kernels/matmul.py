@@ -17,13 +17,11 @@ from codegen.kernel import dim, kernel, ptr
 from codegen.kernels.panel import Rows, multiply_rows, panel_rows
 from codegen.kernels.rowdot import few_dots
 from codegen.kernels.spread import Inputs, activations
-from codegen.kernels.stream import Stream, group_size, tiles_ahead
+from codegen.kernels.stream import Stream, group_size, tile_rows, tiles_ahead
 from codegen.values import Pointer, Value
 
 if TYPE_CHECKING:
     from codegen.builder import Kernel
-
-ROWS_PER_TILE = 32  # rows of a matvec that a thread takes at a time
 
 
 @dataclass(frozen=True)
@@ -55,11 +53,12 @@ def matvec(
 ) -> None:
     """y[t, h, r] = w[h, r] . x[t, h] (+ residual), each row streamed once per token."""
     s, n, pitch = shape, k.target.lanes, fmt.row_bytes(shape.n_cols)
-    per_head = -(-s.n_rows // ROWS_PER_TILE)
+    step = tile_rows(k, pitch)
+    per_head = -(-s.n_rows // step)
 
     def place(tile: Value) -> tuple[Value, Value, Pointer]:
         """(head, first row, where that row is)."""
-        head, start = tile // per_head, tile % per_head * ROWS_PER_TILE
+        head, start = tile // per_head, tile % per_head * step
         return head, start, w.bytes(head * s.w_pitch + start * pitch)
 
     held = activations(k, (fmt,), s.n_cols, s.x_token)
@@ -71,7 +70,7 @@ def matvec(
             key, rows = head * n_tokens + first, x_rows.bytes(first * s.x_token)
             return held.hold(key, rows, count).inputs(fmt, k.const(0, i64), count)
 
-        stop = k.minimum(start + ROWS_PER_TILE, s.n_rows)
+        stop = k.minimum(start + step, s.n_rows)
         with k.loop(start, stop, n) as first:
             here = address.bytes((first - start) * pitch)
             following = k.select_pointer(first + n < stop, here.bytes(n * pitch), after)

@@ -15,10 +15,10 @@ from codegen.dtypes import f32, i32, i64, u8
 from codegen.formats import BlockFormat
 from codegen.kernel import dim, kernel, ptr
 from codegen.kernels.gated import Matrix, gated
-from codegen.kernels.matmul import ROWS_PER_TILE, load_rows, store_rows
+from codegen.kernels.matmul import load_rows, store_rows
 from codegen.kernels.rowdot import Store, few_dots
 from codegen.kernels.spread import Activations, Held, Inputs, Take, activations
-from codegen.kernels.stream import Stream, group_size, tiles_ahead
+from codegen.kernels.stream import Stream, group_size, tile_rows, tiles_ahead
 from codegen.values import Pointer, Value
 
 if TYPE_CHECKING:
@@ -26,9 +26,9 @@ if TYPE_CHECKING:
 
 
 @contextmanager
-def row_groups(k: Kernel, start: Value, n_rows: int) -> Iterator[tuple[Value, Value]]:
+def row_groups(k: Kernel, start: Value, w: Matrix) -> Iterator[tuple[Value, Value]]:
     """(first row, whether it is the last) of the groups in the tile that starts at row `start`."""
-    stop = k.minimum(start + ROWS_PER_TILE, n_rows)
+    stop = k.minimum(start + tile_rows(k, w.pitch), w.n_rows)
     with k.loop(start, stop, k.target.lanes) as first:
         yield first, first + k.target.lanes >= stop
 
@@ -78,8 +78,8 @@ def gated_group(
     gated(k, gate, up, first, following, place, multiply)
 
 
-def tile_count(n_rows: int) -> int:
-    return -(-n_rows // ROWS_PER_TILE)
+def tile_count(k: Kernel, w: Matrix) -> int:
+    return -(-w.n_rows // tile_rows(k, w.pitch))
 
 
 @kernel(y=ptr(f32), gate=ptr(u8), up=ptr(u8), x=ptr(u8), n_tokens=dim())
@@ -100,9 +100,10 @@ def up_gate_vec(
     gates, ups = Matrix(gate, fmt_gate, n_rows, n_cols), Matrix(up, fmt_up, n_rows, n_cols)
     held = activations(k, (fmt_gate, fmt_up), n_cols, gates.x_pitch)
     take = rows_of(held, x, k.const(0, i64))
-    with tiles_ahead(k, tile_count(n_rows)) as (tile, next_tile):
-        after = gates.row(next_tile * ROWS_PER_TILE)
-        with row_groups(k, tile * ROWS_PER_TILE, n_rows) as (first, is_last):
+    step = tile_rows(k, gates.pitch)
+    with tiles_ahead(k, tile_count(k, gates)) as (tile, next_tile):
+        after = gates.row(next_tile * step)
+        with row_groups(k, tile * step, gates) as (first, is_last):
             following = k.select_pointer(is_last, after, gates.row(first + k.target.lanes))
             gated_group(k, y, gates, ups, take, n_tokens, first, following)
 
@@ -116,16 +117,16 @@ def slot_rows(
     The rows of a dropped slot become zero: what comes next reads them, and multiplying anything
     with weight 0 could leave a NaN.
     """
-    parts, n = tile_count(w.n_rows), k.target.lanes
+    parts, n, step = tile_count(k, w), k.target.lanes, tile_rows(k, w.pitch)
 
     def place(tile: Value) -> tuple[Value, Value, Value]:
-        return tile // parts, ids[tile // parts].to(i64), tile % parts * ROWS_PER_TILE
+        return tile // parts, ids[tile // parts].to(i64), tile % parts * step
 
     with tiles_ahead(k, n_slots * parts) as (tile, next_tile):
         slot, expert, start = place(tile)
         _, next_expert, next_start = place(next_tile)
         after = w.expert(k.maximum(next_expert, 0)).row(next_start)
-        with row_groups(k, start, w.n_rows) as (first, is_last):
+        with row_groups(k, start, w) as (first, is_last):
             with k.either(expert >= 0) as (chosen, dropped):
                 with chosen:
                     following = w.expert(expert).row(first + n)
@@ -204,7 +205,8 @@ def moe_down_vec(
     n_used: int,
 ) -> None:
     """y[token] += sum over its slots, best first, of weight * (w_e x[slot])."""
-    experts, n, parts = Matrix(w, fmt, n_rows, n_cols), k.target.lanes, tile_count(n_rows)
+    experts, n = Matrix(w, fmt, n_rows, n_cols), k.target.lanes
+    parts, step = tile_count(k, experts), tile_rows(k, experts.pitch)
 
     def of_slot(slot: Value, row: Value) -> Pointer:
         """A row of the slot's expert; some row if the slot is dropped."""
@@ -212,15 +214,15 @@ def moe_down_vec(
 
     held = activations(k, (fmt,), n_cols, experts.x_pitch, capacity=n_used)
     with tiles_ahead(k, n_tokens * parts) as (tile, next_tile):
-        token, start = tile // parts, tile % parts * ROWS_PER_TILE
-        next_part = of_slot(next_tile // parts * n_used, next_tile % parts * ROWS_PER_TILE)
+        token, start = tile // parts, tile % parts * step
+        next_part = of_slot(next_tile // parts * n_used, next_tile % parts * step)
         rows = held.hold(token, x.bytes(token * n_used * held.pitch), n_used)
         last_slot = (token + 1) * n_used - 1
         with k.loop(token * n_used, last_slot + 1) as slot:
             expert = ids[slot].to(i64)
             next_slot = of_slot(k.minimum(slot + 1, last_slot), start)
             after = k.select_pointer(slot.eq(last_slot), next_part, next_slot)
-            with k.when(expert >= 0), row_groups(k, start, n_rows) as (first, is_last):
+            with k.when(expert >= 0), row_groups(k, start, experts) as (first, is_last):
                 matrix = experts.expert(expert)
                 following = k.select_pointer(is_last, after, matrix.row(first + n))
                 place, weight = y.at(token * n_rows + first), weights[slot]

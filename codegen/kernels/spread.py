@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 PIECE = 16  # bytes of a block that lie side by side in a register
 PARTS = 4  # registers of a step
+UNROLLED = 4  # a short row has no loop
 TOGETHER = 8  # tokens that share what it takes to decode
 
 
@@ -132,8 +133,12 @@ def each_step(k: Kernel, n_blocks: int, step: Callable[[Value, int], None]) -> N
     """step(s, number of blocks) over a row; the last step may have fewer blocks."""
     each = blocks_per_step(k)
     whole, rest = divmod(n_blocks, each)
-    with k.loop(0, whole) as s:
-        step(s, each)
+    if whole <= UNROLLED:
+        for i in range(whole):
+            step(k.const(i, i64), each)
+    else:
+        with k.loop(0, whole) as s:
+            step(s, each)
     if rest:
         step(k.const(whole, i64), rest)
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 # the first level, so that no load waits and the loop runs on to the next far request.
 FAR_BYTES, NEAR_BYTES = 16384, 4096
 L1, L2 = 3, 2
+TILE_BYTES, MAX_GROUPS = 36864, 16  # what a thread takes at a time: long enough a walk
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,12 @@ def tiles_ahead(k: Kernel, n: Any) -> Iterator[tuple[Value, Value]]:
             yield tile.get(), k.minimum(following, n - 1)
             tile.set(following)
             go_on((following < n) & k.cancelled().eq(0))
+
+
+def tile_rows(k: Kernel, pitch: int) -> int:
+    """Rows of `pitch` bytes that a thread takes at a time: whole groups."""
+    n = k.target.lanes
+    return n * max(1, min(MAX_GROUPS, TILE_BYTES // (n * pitch)))
 
 
 def group_size(k: Kernel, first: Value, n_rows: int) -> Value | int:
