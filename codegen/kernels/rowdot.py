@@ -152,7 +152,7 @@ def _added_up(k: Kernel, parked: Pointer) -> Callable[[Value], Value]:
 def _spread_dots(k: Kernel, fmt: BlockFormat, rows: Stream, x: Inputs) -> Callable[[Value], Value]:
     """Codes: per step an exact integer dot in every lane, scaled and added in f32."""
     n, stride = k.target.lanes, fmt.block_bytes
-    qs, halves = fmt.field_offset("qs"), code_dwords(fmt) // 4
+    qs, halves, bias = fmt.field_offset("qs"), code_dwords(fmt) // 4, k.target.weight_bias
 
     def dot(row: Pointer, far: Pointer, near: Pointer, totals: Pointer) -> None:
         def step(s: Value, count: int) -> None:
@@ -165,7 +165,7 @@ def _spread_dots(k: Kernel, fmt: BlockFormat, rows: Stream, x: Inputs) -> Callab
 
             def meet(t: Value) -> None:
                 spread, place = x.row(t).cast(i32).at(s * (PARTS * n)), totals.at(t * (n * n))
-                acc = spread.at(2 * n).load(i32 * n)
+                acc = spread.at(2 * n).load(i32 * n) if bias else k.zeros(i32 * n)
                 for j, c in enumerate(codes):
                     acc = k.dot_i8(acc, c, spread.at(j * n).load(i32 * n).bits_as(i8 * (4 * n)))
                 factor = scale * spread.at(3 * n).cast(f32).load(f32 * n)

@@ -121,7 +121,8 @@ def spread(k: Kernel, x: Pointer, to: Pointer, n_cols: int) -> None:
             at.at(half * n).store(codes.bits_as(i32 * n))
             if k.target.weight_bias:
                 extra = k.dot_i8(extra, bias, codes.bits_as(i8 * (4 * n)))
-        at.at(2 * n).store(-extra)
+        if k.target.weight_bias:
+            at.at(2 * n).store(-extra)
         d = x.bytes(scales_offset(n_cols), f32).at(s * each)
         fours = [k.splat(d[i] if i < count else k.const(0.0, f32), 4) for i in range(each)]
         at.at(3 * n).cast(f32).store(join(k, fours))
