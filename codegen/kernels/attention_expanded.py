@@ -14,12 +14,11 @@ from codegen.dtypes import f32, i32, u8
 from codegen.formats import BlockFormat
 from codegen.kernel import dim, kernel, ptr
 from codegen.kernels import tile
-from codegen.kernels.attention import attend_cells, clear_state, inverse
+from codegen.kernels.attention import attend_cells, clear_state
 from codegen.kernels.attention_block import (
     STANDARD,
     Block,
     Cells,
-    Rows,
     Sizes,
     Workspace,
     copy_row,
@@ -28,6 +27,8 @@ from codegen.kernels.attention_block import (
     touch,
     workspace,
 )
+from codegen.kernels.attention_f32 import Rows, pack_block
+from codegen.kernels.attention_splits import inverse
 from codegen.values import Pointer, Value
 
 if TYPE_CHECKING:
@@ -153,7 +154,8 @@ def attend_chunk(
     w, n_blocks = workspace(k, sizes, scratch), sizes.n_blocks(n_tokens)
     with k.tiles(n_blocks, counter) as item:
         index = n_blocks - 1 - item  # the last tokens see the most: longest items first
-        block = open_block(k, sizes, w, cells, lambda r: q.at(r * sizes.d_k), n_tokens, index)
+        block = open_block(k, sizes, w, cells, n_tokens, index)
+        pack_block(k, sizes, w, block, lambda r: q.at(r * sizes.d_k))
         clear_state(k, sizes, w)
         with k.when(chunk.goes_on):
             load_state(k, sizes, w, block, out, state)

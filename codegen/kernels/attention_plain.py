@@ -24,17 +24,16 @@ from codegen.kernels.attention_block import (
     TILE_KEYS,
     Block,
     Cells,
-    Rows,
     Sizes,
     Workspace,
     decode,
     make_sizes,
     open_block,
-    score_tile,
     touch,
     visible_cells,
     workspace,
 )
+from codegen.kernels.attention_f32 import Rows, pack_block, score_tile
 from codegen.kernels.attention_row import score_row
 from codegen.kernels.blocks import BLOCK
 from codegen.values import Pointer, Value, Var
@@ -111,7 +110,8 @@ def kq(
         return q.at((row // n_slice * n_head + head) * d_k)
 
     with k.tiles(n_blocks * n_parts) as item:
-        block = open_block(k, sizes, w, cells, q_row, n_tokens, item // n_parts)
+        block = open_block(k, sizes, w, cells, n_tokens, item // n_parts)
+        pack_block(k, sizes, w, block, q_row)
         head = block.first % n_slice + head_start
 
         def row(cell: Value, head: Value = head) -> Pointer:

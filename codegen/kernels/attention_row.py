@@ -7,7 +7,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from codegen.dtypes import f32, i32, i64
-from codegen.kernels.attention_block import HIDDEN, Rows, Sizes, Workspace
+from codegen.kernels.attention_block import HIDDEN, Sizes, Workspace
+from codegen.kernels.attention_f32 import Rows
 from codegen.kernels.tile import load_vectors
 from codegen.values import Value
 from codegen.vecmath import LOG2_E, exp2

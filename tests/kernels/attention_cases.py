@@ -8,14 +8,24 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from codegen.formats import BlockFormat
+from codegen.formats import BF16, F16, F32, Q8_KV, BlockFormat
 from mlacli.gguf.quants import dequantise, quantise
 
 Array = NDArray[Any]
 SCALE = 0.17
-# Rounding in f32 against f64; quantised caches are compared with what they decode to.
+# Rounding in f32 against f64; other caches are compared with what they decode to.
 LIMIT = 1e-12
+# Codes of n bits below a largest one that is r times the root mean square: (r / 2^n)^2 / 12, for q,
+# keys, values and weights each, and as much again for scores of some size. A tenth of the error of
+# storing in the format or less: f16 4e-8, bf16 3e-6, 8 bits 3e-5.
+CODE_LIMITS = {F32: LIMIT, F16: 5e-9, BF16: 3e-7, Q8_KV: 1e-8}
+BLOCK_LIMIT = 5e-7
 TOKENS, CELLS = (1, 2, 7, 33), (1, 31, 33, 257, 700)
+
+
+def limit(fmt: BlockFormat) -> float:
+    """How far attention over such a cache may be from float64."""
+    return CODE_LIMITS.get(fmt, BLOCK_LIMIT)
 
 
 @dataclass(frozen=True)

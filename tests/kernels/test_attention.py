@@ -7,16 +7,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from codegen.formats import CACHE_FORMATS, F16, F32, LATENT_CACHE_TYPES, Q8_KV, BlockFormat
+from codegen.formats import BF16, CACHE_FORMATS, F16, F32, LATENT_CACHE_TYPES, Q8_KV, BlockFormat
 from codegen.kernels.attention import ABSORBED, STANDARD, flash_attn, flash_scratch_bytes
 from codegen.targets.base import Target
 from tests.kernels.attention_cases import (
     CELLS,
-    LIMIT,
     SCALE,
     TOKENS,
     Case,
     attention,
+    limit,
     make_cache,
     stored,
 )
@@ -76,7 +76,7 @@ def check_flash(
     spec = flash_attn(**sizes, max_tokens=max_tokens, scale=SCALE)
     run_kernel(spec, target, case.args)
     assert np.isfinite(case.args["out"]).all()
-    assert nmse(case.args["out"], case.expected) <= LIMIT, (n_tokens, n_kv)
+    assert nmse(case.args["out"], case.expected) <= limit(sizes["fmt_k"]), (n_tokens, n_kv)
 
 
 @each_target
@@ -116,7 +116,7 @@ def test_flash_does_not_depend_on_threads(kind: str, n_tokens: int) -> None:
         ["out"],
     )
     expected = flash_case(kind, n_tokens, 700, sizes, 7).expected
-    assert nmse(found["out"], expected) <= LIMIT
+    assert nmse(found["out"], expected) <= limit(F16)
 
 
 @each_target
@@ -127,11 +127,12 @@ def test_flash_keeps_to_its_arrays(target: Target, kind: str) -> None:
     for n_tokens, n_kv in ((1, 257), (3, 31)):
         case = flash_case(kind, n_tokens, n_kv, sizes, 3)
         found = run_guarded(spec, target, case.args, outputs=["out"], updates=["scratch"])
-        assert nmse(found["out"], case.expected) <= LIMIT
+        assert nmse(found["out"], case.expected) <= limit(Q8_KV)
 
 
-def test_a_token_without_visible_cells_gets_zeros() -> None:
-    sizes = flash_sizes(ABSORBED, 2, 96, 64, F32)
+@pytest.mark.parametrize("fmt", [F32, Q8_KV], ids=lambda f: f.name)
+def test_a_token_without_visible_cells_gets_zeros(fmt: BlockFormat) -> None:
+    sizes = flash_sizes(ABSORBED, 2, 96, 64, fmt)
     case = flash_case(ABSORBED, 4, 40, sizes, 4)
     case.args["cell_seq"][:] = 9
     run_kernel(flash_attn(**sizes, max_tokens=4, scale=SCALE), host_targets()[0], case.args)
@@ -150,6 +151,49 @@ def test_nan_reaches_the_output(where: str) -> None:
     assert np.isnan(case.args["out"]).all()
 
 
+@pytest.mark.parametrize("fmt", [F16, BF16], ids=lambda f: f.name)
+@pytest.mark.parametrize("where", ["q", "k_cache", "v_cache"])
+def test_nan_reaches_the_output_of_codes(where: str, fmt: BlockFormat) -> None:
+    """One in a row of q or of the cache spoils what the row takes part in, not less."""
+    sizes = flash_sizes(STANDARD, 1, 96, 64, fmt)
+    case = flash_case(STANDARD, 4, 33, sizes, 4)
+    case.args["cell_seq"][:], case.args["cell_pos"][:] = case.args["seq"][0], 0
+    case.args["seq"][:] = case.args["seq"][0]
+    for name in ("k_cache", "v_cache"):
+        case.args[name].view(np.uint16)[:] = 0x3C00
+    if where == "q":
+        case.args["q"][:, 0, 5] = np.nan
+    else:
+        case.args[where].reshape(-1).view(np.uint16)[5] = 0x7FFF
+    run_kernel(flash_attn(**sizes, max_tokens=4, scale=SCALE), host_targets()[0], case.args)
+    assert np.isnan(case.args["out"]).all()
+
+
+@each_target
+def test_outliers_do_not_overflow_sums(target: Target) -> None:
+    """Rows of equal magnitudes, where sums come as close to the largest i32 as they can, and rows
+    where one number is far above the others."""
+    for name in ("q8_KV", "q8_0", "f16", "bf16"):
+        sizes = flash_sizes(ABSORBED, 4, 576, 512, CACHE_FORMATS[name])
+        case = flash_case(ABSORBED, 7, 257, sizes, 7)
+        q, cells = case.args["q"], len(case.args["cell_pos"])
+        values = np.full((cells, 576), 3.0)
+        values[::2, 7] = 30.0
+        q[...] = 1e-3
+        q[:, :, 7] *= np.linspace(1, 30, q[:, :, 7].size).reshape(q.shape[:2])
+        used = (case.args["cell_seq"] >= 0) & (case.args["cell_seq"] < 2)
+        rows, decoded = stored(values, sizes["fmt_k"], used)
+        case.args["k_cache"][:] = rows
+        case.args["v_cache"] = case.args["k_cache"]
+        keys = np.repeat(decoded[:, None], 4, axis=1)
+        visible = (case.args["cell_seq"] == case.args["seq"][:, None]) & (
+            case.args["cell_pos"] <= case.args["pos"][:, None]
+        )
+        run_kernel(flash_attn(**sizes, max_tokens=7, scale=SCALE), target, case.args)
+        expected = attention(q, keys, keys[..., :512], visible)
+        assert nmse(case.args["out"], expected) <= limit(sizes["fmt_k"]), name
+
+
 def test_large_scores_stay_finite() -> None:
     sizes = flash_sizes(ABSORBED, 4, 96, 64, F32)
     case = flash_case(ABSORBED, 7, 257, sizes, 7)
@@ -161,4 +205,4 @@ def test_large_scores_stay_finite() -> None:
 def test_flash_scratch_stays_small() -> None:
     lite = flash_scratch_bytes(512, 163840, 16, kind=ABSORBED, n_head=16, d_k=576, d_v=512)
     full = flash_scratch_bytes(512, 163840, 16, kind=ABSORBED, n_head=128, d_k=576, d_v=512)
-    assert lite <= 8 << 20 and full <= 40 << 20
+    assert lite <= 10 << 20 and full <= 40 << 20

@@ -15,7 +15,7 @@ import pytest
 from numpy.typing import NDArray
 
 from codegen import jit
-from codegen.dtypes import bf16, f32, i8, i32, u8
+from codegen.dtypes import bf16, f32, i8, i16, i32, u8
 from codegen.formats import CACHE_FORMATS, F16, IQ4_NL, LATENT_CACHE_TYPES, Q5_0, Q8_0
 from codegen.kernel import KernelSpec, dim, kernel, ptr
 from codegen.kernels import cache, layers, router
@@ -33,6 +33,15 @@ INTEGER_DOT = {
     "avx2vnni": "vpdpbusd",
     "avx2": "vpmaddubsw",
     "neon": "sdot",
+}
+PAIR_DOT = {
+    "avx512vnni-bf16": "vpdpwssd",
+    "avx512vnni": "vpdpwssd",
+    "avx512": "vpmaddwd",
+    "avx2vnni": "vpdpwssd",
+    "avx2": "vpmaddwd",
+    "neon": "smlal2|smull2",
+    "generic": "pmaddwd",
 }
 SPECIAL = re.compile(r"\b(vpdp\w+|vpmadd\w+|vdpbf16ps|[su]dot|bfdot|vfmadd\w+|fmla|vcvtp[hs]2\w+)")
 
@@ -53,6 +62,15 @@ def dot_native(k: Any, y: Any, w: Any, x: Any, n: Any) -> None:
     lanes, kind = k.target.lanes, k.target.weight_type
     weights = w.cast(kind).load(kind * (4 * lanes))
     y.store(k.dot_i8(y.load(i32 * lanes), weights, x.load(i8 * 4 * lanes)))
+
+
+@kernel(y=ptr(i32), w=ptr(i16), x=ptr(i16), n=dim())
+def dot_i16(k: Any, y: Any, w: Any, x: Any, n: Any) -> None:
+    """y[i] = y[i] + the sum of two products."""
+    lanes = k.target.lanes
+    with k.loop(0, n, lanes) as i:
+        pairs = [p.at(2 * i).load(i16 * (2 * lanes)) for p in (w, x)]
+        y.at(i).store(k.target.dot_i16(k, y.at(i).load(i32 * lanes), *pairs))
 
 
 @kernel(y=ptr(f32), w=ptr(bf16), x=ptr(bf16), n=dim())
@@ -83,6 +101,7 @@ def sample_specs() -> list[KernelSpec]:
         dot(signed=True),
         dot_native(),
         dot_bf16(),
+        dot_i16(),
         golden_sum(width=32),
         quantize(n=96),
         layers.embed(n=64, fmt=IQ4_NL),
@@ -138,6 +157,22 @@ def test_integer_dot_is_exact(target: Any, signed: bool) -> None:
 
 
 @each_target
+def test_pair_dot_is_exact(target: Any) -> None:
+    ends = [-32767, -32766, -1, 0, 1, 32766, 32767]
+    same = np.repeat([(a, b) for a in ends for b in ends], 2, axis=0)  # the largest sums
+    free = np.random.default_rng(0).integers(-32767, 32768, (2048 - len(same), 2))
+    w, x = np.concatenate([same, free]).T
+    y = np.arange(-512, 512, dtype=np.int32)
+    sums = (w * x).reshape(-1, 2).sum(axis=1)
+    y[sums > 0] = -abs(y[sums > 0])  # the result stays an i32
+    y[sums < 0] = abs(y[sums < 0])
+    expected = y + sums
+    args: dict[str, Any] = {"y": y, "w": w.astype(np.int16), "x": x.astype(np.int16), "n": 1024}
+    run_kernel(dot_i16(), target, args)
+    np.testing.assert_array_equal(y, expected)
+
+
+@each_target
 def test_bf16_dot(target: Any) -> None:
     rng = np.random.default_rng(0)
     n = target.lanes
@@ -159,6 +194,11 @@ def test_integer_mnemonic(name: str) -> None:
     text = jit.assembly(dot_native(), build(name))
     found = set(SPECIAL.findall(text))
     assert INTEGER_DOT[name] in found if name in INTEGER_DOT else not found
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_pair_mnemonic(name: str) -> None:
+    assert re.search(PAIR_DOT[name], jit.assembly(dot_i16(), build(name)))
 
 
 @pytest.mark.parametrize("name", NAMES)

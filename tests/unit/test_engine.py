@@ -11,7 +11,7 @@ import pytest
 from numpy.typing import NDArray
 
 from codegen.formats import CACHE_FORMATS, F16, LATENT_CACHE_TYPES, BlockFormat
-from codegen.kernels.attention import MIN_SPLIT
+from codegen.kernels.attention_splits import MIN_SPLIT
 from codegen.kernels.flash_expanded import rows_per_chunk
 from mlacli.gguf.quants import dequantise, quantise
 from tests import reference
