@@ -86,8 +86,8 @@ def _ahead(panel: Panel, following: Pointer | None, n_tokens: Value) -> Ask:
     asked = k.var(k.const(0, i64))
 
     def ask(share: int) -> None:
-        with k.loop(0, n_lines * share):
-            k.prefetch(there.bytes(k.minimum(asked.get(), n_bytes - 1)), L2)
+        with k.when(asked.get() < n_bytes), k.loop(0, n_lines * share):
+            k.prefetch(there.bytes(asked.get()), L2)
             asked.set(asked.get() + line)
 
     return ask
