@@ -51,6 +51,12 @@ def any_lane(mask: Value) -> Value:
     return mask.bits_as(DType("u", mask.type.lanes)).ne(0)
 
 
+def all_lanes(mask: Value) -> Value:
+    """Whether all lanes of a comparison's result are true."""
+    n = mask.type.lanes
+    return mask.bits_as(DType("u", n)).eq(2**n - 1)
+
+
 def sigmoid(k: Kernel, x: Value) -> Value:
     """1 / (1 + e^-x)."""
     return 1.0 / (1.0 + exp2(k, x * -LOG2_E))

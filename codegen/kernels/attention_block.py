@@ -9,21 +9,21 @@ Source: online softmax, arXiv 1805.02867.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from codegen.dtypes import f32, i32, i64
+from codegen.dtypes import b1, f32, i32, i64
 from codegen.formats import BlockFormat
 from codegen.kernels import tile
 from codegen.kernels.blocks import BLOCK, load_block
-from codegen.values import Pointer, Value
-from codegen.vecmath import any_lane
+from codegen.values import Pointer, Value, Var
+from codegen.vecmath import all_lanes, any_lane
 
 if TYPE_CHECKING:
     from codegen.builder import Kernel
 
 ABSORBED, STANDARD = "absorbed", "standard"
-FEW = 4  # batches bounded by so many tokens mostly have one: blocks are made for that
 TILE_KEYS = 48  # a multiple of every target's register tile
 FIRST_MAX = -1e30  # not -infinity, so that no difference of infinities arises
 HIDDEN = -2e30  # below every running maximum
@@ -47,8 +47,7 @@ class Sizes:
     @property
     def block_rows(self) -> int:
         """Rows of q per block; more reuse a decoded slab more, but have to stay in the L2."""
-        tokens = 1 if self.max_tokens <= FEW else self.max_tokens
-        longest = tokens * (self.n_head if self.kind == ABSORBED else 1)
+        longest = self.max_tokens * (self.n_head if self.kind == ABSORBED else 1)
         return next((n for n in (1, 16, 32) if longest <= n), 64)
 
     @property
@@ -179,6 +178,16 @@ def open_block(
     return block
 
 
+@dataclass(frozen=True)
+class Caches:
+    """Addresses of a head's keys and values by cell; absorbed attention has one row for both."""
+
+    key: Callable[[Value], Pointer]
+    value: Callable[[Value], Pointer]
+    fmt_k: BlockFormat
+    fmt_v: BlockFormat
+
+
 def visible_cells(
     k: Kernel, sizes: Sizes, w: State, cells: Cells, start: Value, stop: Value
 ) -> Value:
@@ -186,20 +195,37 @@ def visible_cells(
 
     The others are empty, of other sequences or in the future: their memory is never read.
     """
-    lanes = k.target.lanes
-    rows = [
-        (w.row_pos.at(i).load(i32 * lanes), w.row_seq.at(i).load(i32 * lanes))
-        for i in range(0, max(sizes.block_rows, LINE_WORDS), lanes)
-    ]
-    count = k.var(k.const(0, i64))
-    with k.loop(start, stop) as cell:
-        pos, seq, n = cells.cell_pos[cell], cells.cell_seq[cell], count.get()
-        w.key_pos[n], w.key_seq[n], w.key_cell[n] = pos, seq, cell.to(i32)
-        seen = rows[0][1].eq(seq) & (rows[0][0] >= pos)
-        for row_pos, row_seq in rows[1:]:
-            seen = seen | (row_seq.eq(seq) & (row_pos >= pos))
-        count.set(n + any_lane(seen).to(i64))
+    lanes, count = k.target.lanes, k.var(k.const(0, i64))
+    # The first row sees most of what any row sees, so that whole vectors can be listed at once.
+    pos, seq = w.row_pos[0], w.row_seq[0]
+    steps = k.vector(list(range(lanes)), i32)
+    vectors_end = start + (stop - start) // lanes * lanes
+    with k.loop(start, vectors_end, lanes) as first:
+        key_pos, key_seq = (p.at(first).load(i32 * lanes) for p in (cells.cell_pos, cells.cell_seq))
+        with k.either(all_lanes(key_seq.eq(seq) & (key_pos <= pos))) as (yes, no):
+            with yes:
+                n = count.get()
+                w.key_pos.at(n).store(key_pos)
+                w.key_seq.at(n).store(key_seq)
+                w.key_cell.at(n).store(steps + k.splat(first.to(i32), lanes))
+                count.set(n + lanes)
+            with no, k.loop(first, first + lanes) as cell:
+                list_visible(k, sizes, w, cells, cell, count)
+    with k.loop(vectors_end, stop) as cell:
+        list_visible(k, sizes, w, cells, cell, count)
     return count.get()
+
+
+def list_visible(k: Kernel, sizes: Sizes, w: State, cells: Cells, cell: Value, count: Var) -> None:
+    """Lists one cell if some row sees it."""
+    lanes = k.target.lanes
+    pos, seq, n = cells.cell_pos[cell], cells.cell_seq[cell], count.get()
+    w.key_pos[n], w.key_seq[n], w.key_cell[n] = pos, seq, cell.to(i32)
+    seen = k.const(0, b1 * lanes)
+    for i in range(0, max(sizes.block_rows, LINE_WORDS), lanes):
+        row_pos, row_seq = (p.at(i).load(i32 * lanes) for p in (w.row_pos, w.row_seq))
+        seen = seen | (row_seq.eq(seq) & (row_pos >= pos))
+    count.set(n + any_lane(seen).to(i64))
 
 
 def decode(k: Kernel, fmt: BlockFormat, row: Pointer, column: Value, width: int) -> list[Value]:

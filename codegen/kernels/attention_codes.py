@@ -14,25 +14,20 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from codegen.dtypes import f32, i16, i32, i64
-from codegen.formats import F32, BlockFormat
 from codegen.kernels import code_tile
 from codegen.kernels.attention_block import (
     ABSORBED,
-    HIDDEN,
     LINE_WORDS,
     Block,
+    Caches,
     Sizes,
-    State,
-    make_sizes,
     thread_arrays,
 )
+from codegen.kernels.attention_weights import CodeState, Limits, softmax_tile
 from codegen.kernels.blocks import BLOCK
 from codegen.kernels.code_tile import LARGEST_CODE, Codes, micro
-from codegen.kernels.codes import RowCodes, codes_of, row_codes
-from codegen.kernels.encode import inverse_of
-from codegen.kernels.stream import L2
+from codegen.kernels.codes import RowCodes, row_codes
 from codegen.values import Pointer, Value
-from codegen.vecmath import LOG2_E, exp2
 
 if TYPE_CHECKING:
     from codegen.builder import Kernel
@@ -41,7 +36,6 @@ TILE_KEYS = 64
 KEY_GROUP = 16  # keys that are multiplied while they are in the L1 cache
 # Between the parts of a tile's values there is room, or they would meet in a few sets of the L1.
 PART_PAIRS = TILE_KEYS // 2 + 8
-CODES = ("packed", "values", "weights")
 
 
 @dataclass(frozen=True)
@@ -50,6 +44,10 @@ class CodeSizes(Sizes):
 
     codes_k: Codes
     codes_v: Codes
+
+    @property
+    def tile_keys(self) -> int:
+        return TILE_KEYS
 
     @property
     def slabs(self) -> list[tuple[int, int]]:
@@ -69,58 +67,67 @@ class CodeSizes(Sizes):
             **self.state_regions(TILE_KEYS + 1),
         }
 
+    def space(self, k: Kernel, scratch: Pointer) -> CodeSpace:
+        """This thread's part of the scratch memory, as named arrays."""
+        arrays = thread_arrays(k, self, scratch)
+        codes = {name: arrays[name].cast(i32) for name in ("packed", "values", "weights")}
+        return CodeSpace(**arrays | codes | {"keys": arrays["keys"].cast(i16)})
 
-def code_sizes(
-    kind: str, n_head: int, d_k: int, d_v: int, max_tokens: int, fmt_k: BlockFormat,
-    fmt_v: BlockFormat,
-) -> CodeSizes | None:  # fmt: skip
-    """Sizes for attention by codes; None where f32 is the way: an f32 cache is asked for to be
-    exact, and a single row of q shares nothing that would pay for making codes."""
-    sizes = make_sizes(kind, n_head, d_k, d_v, max_tokens)
-    if F32 in (fmt_k, fmt_v) or sizes.block_rows == 1:
-        return None
-    slabs = sizes.key_slab, sizes.value_slab
-    codes = codes_of(fmt_k), codes_of(fmt_k if kind == ABSORBED else fmt_v)
-    return CodeSizes(kind, n_head, d_k, d_v, max_tokens, *slabs, *codes)
+    def pack(
+        self, k: Kernel, w: CodeSpace, block: Block, q_row: Callable[[Value], Pointer]
+    ) -> None:
+        """Codes of the block's rows of q; `q_row(row)` is the address of one."""
+        code_tile.pack_queries(
+            k,
+            w.packed,
+            w.q_scale,
+            lambda i: q_row(block.row(i)),
+            block.n_rows,
+            codes=self.codes_k,
+            width=self.d_k,
+            block_rows=self.block_rows,
+        )
+
+    def attend(
+        self,
+        k: Kernel,
+        w: CodeSpace,
+        block: Block,
+        caches: Caches,
+        n_keys: Value,
+        next_cell: Value,
+        scale: float,
+    ) -> None:
+        """Fold the listed cells into m, l and o of an open block."""
+        self.fold(k, w, block.n_rows, n_keys, cached_codes(k, self, w, n_keys, caches), scale)
+
+    def fold(
+        self, k: Kernel, w: CodeSpace, n_rows: Value, n_keys: Value, rows: TileCodes, scale: float
+    ) -> None:
+        """The same, with codes from wherever they come."""
+        score_tile(k, self, w, n_rows, n_keys, rows)
+        weigh_tile(k, self, w, n_rows, n_keys, scale)
+        value_tile(k, self, w, n_rows, n_keys, rows)
+
+    def close_row(self, k: Kernel, o: Pointer, to: Pointer, factor: Value | float) -> None:
+        """to = o * factor, its columns in order."""
+        move_row(k, o, to, self.d_v, code_tile.in_order, factor)
+
+    def reopen_row(self, k: Kernel, source: Pointer, o: Pointer) -> None:
+        """o = source, its columns in the order of interleaved values."""
+        move_row(k, source, o, self.d_v, code_tile.out_of_order, 1.0)
 
 
 @dataclass(frozen=True)
-class CodeSpace(State):
+class CodeSpace(CodeState):
     """With the codes: packed q (code_tile.pack_queries) and its scales [slab][row] | keys of a
-    group [key][column] | values and weights of a tile (code_tile.add_values) | the scales of its
-    keys and values, and of the weights [row]."""
+    group [key][column] | values and weights of a tile (code_tile.add_values)."""
 
     packed: Pointer
     q_scale: Pointer
     keys: Pointer
     values: Pointer
     weights: Pointer
-    key_scale: Pointer
-    value_scale: Pointer
-    weight_scale: Pointer
-
-
-def code_space(k: Kernel, sizes: CodeSizes, scratch: Pointer) -> CodeSpace:
-    """This thread's part of the scratch memory, as named arrays."""
-    arrays = thread_arrays(k, sizes, scratch)
-    arrays |= {name: arrays[name].cast(i32) for name in CODES}
-    return CodeSpace(**arrays | {"keys": arrays["keys"].cast(i16)})
-
-
-def pack_codes(
-    k: Kernel, sizes: CodeSizes, w: CodeSpace, block: Block, q_row: Callable[[Value], Pointer]
-) -> None:
-    """Codes of the block's rows of q; `q_row(row)` is the address of one, over tokens and heads."""
-    code_tile.pack_queries(
-        k,
-        w.packed,
-        w.q_scale,
-        lambda i: q_row(block.row(i)),
-        block.n_rows,
-        codes=sizes.codes_k,
-        width=sizes.d_k,
-        block_rows=sizes.block_rows,
-    )
 
 
 @dataclass(frozen=True)
@@ -137,16 +144,6 @@ class TileCodes:
     values: Pointer
 
 
-@dataclass(frozen=True)
-class Caches:
-    """The rows of a head's keys and values by cell; of absorbed attention both are one row."""
-
-    key: Callable[[Value], Pointer]
-    value: Callable[[Value], Pointer]
-    fmt_k: BlockFormat
-    fmt_v: BlockFormat
-
-
 def cached_codes(
     k: Kernel, sizes: CodeSizes, w: CodeSpace, n_keys: Value, caches: Caches
 ) -> TileCodes:
@@ -156,8 +153,6 @@ def cached_codes(
     def keys(first: Value) -> Pointer:
         with k.loop(first, k.minimum(first + KEY_GROUP, n_keys), 2) as i:
             cells = [w.key_cell[j].to(i64) for j in (i, k.minimum(i + 1, n_keys - 1))]
-            for cell in cells:
-                ask_for_rows(k, sizes, caches, cell + TILE_KEYS)
             pair = [row_codes(k, caches.fmt_k, caches.key(cell), d_k) for cell in cells]
             to = w.keys.at((i - first) * d_k)
             store_scales(w.key_scale.at(i), pair)
@@ -172,16 +167,6 @@ def cached_codes(
         return w.keys
 
     return TileCodes(keys, d_k, w.values)
-
-
-def ask_for_rows(k: Kernel, sizes: CodeSizes, caches: Caches, cell: Value) -> None:
-    """Ask for a later cell's memory: most often it is seen, too."""
-    rows = [(caches.key(cell), caches.fmt_k.row_bytes(sizes.d_k))]
-    if sizes.kind != ABSORBED:
-        rows.append((caches.value(cell), caches.fmt_v.row_bytes(sizes.d_v)))
-    for row, n_bytes in rows:
-        for line in range(0, n_bytes, k.target.cache_line):
-            k.prefetch(row.bytes(line), L2)
 
 
 def store_scales(to: Pointer, rows: list[RowCodes]) -> None:
@@ -253,77 +238,22 @@ def score_tile(
                 add_slab(slab, False)
 
 
-def softmax_tile(
+def weigh_tile(
     k: Kernel, sizes: CodeSizes, w: CodeSpace, n_rows: Value, n_keys: Value, scale: float
 ) -> None:
-    """Scores of a tile to codes of weights: p = 2^(s - m'), l' = l * keep + sum of p.
+    """Scores of a tile to codes of weights, two keys' side by side."""
+    lanes, size, codes = k.target.lanes, sizes.block_rows, sizes.codes_v
 
-    m' = max(m, s), keep = 2^(m - m'), s in log2 units. A hidden cell weighs exactly 0; NaN stays.
-    """
-    lanes, size = k.target.lanes, sizes.block_rows
-    with k.loop(0, n_rows, lanes) as row:
+    def store(row: Value, inverse: Value) -> None:
         scores = w.scores.at(row)
-        old = w.m.at(row).load(f32 * lanes)
-        new = highest_score(k, sizes, w, row, n_keys, scale)
-        keep = exp2(k, old - new)
-        total, bound = folded_weights(k, sizes, w, row, n_keys, new)
-        w.m.at(row).store(new)
-        w.l.at(row).store(w.l.at(row).load(f32 * lanes) * keep + total)
-        w.keep.at(row).store(keep)
-        w.weight_scale.at(row).store(bound)
-        inverse = inverse_of(k, bound)
         scores.at(n_keys * size).store(k.zeros(f32 * lanes))  # the odd one's partner
         with k.loop(0, n_keys, 2) as key:
-            both = [scores.at((key + i) * size).load(f32 * lanes) for i in range(2)]
-            w.weights.at(key // 2 * size + row).store(
-                code_tile.round_pairs(k, both[0], both[1], inverse)
-            )
+            low, high = (scores.at((key + i) * size).load(f32 * lanes) for i in range(2))
+            pairs = code_tile.round_pairs(k, low, high, inverse)
+            w.weights.at(key // 2 * size + row).store(pairs)
 
-
-def highest_score(
-    k: Kernel, sizes: CodeSizes, w: CodeSpace, row: Value, n_keys: Value, scale: float
-) -> Value:
-    """m' of a vector of rows; their scores become log2 units, those of cells not seen HIDDEN."""
-    lanes = k.target.lanes
-    pos, seq = (p.at(row).load(i32 * lanes) for p in (w.row_pos, w.row_seq))
-    top = k.var(w.m.at(row).load(f32 * lanes))
-    with k.loop(0, n_keys) as key:
-        at = w.scores.at(key * sizes.block_rows + row)
-        seen = seq.eq(w.key_seq[key]) & (pos >= w.key_pos[key])
-        score = at.load(f32 * lanes) * (w.key_scale[key] * (scale * LOG2_E))
-        score = k.select(seen, score, HIDDEN)
-        at.store(score)
-        top.set(k.maximum(score, top.get()))
-    return top.get()
-
-
-def folded_weights(
-    k: Kernel, sizes: CodeSizes, w: CodeSpace, row: Value, n_keys: Value, top: Value
-) -> tuple[Value, Value]:
-    """(sum of p, scale of the codes) of a vector of rows; scores become p' = p scale_v.
-
-    The scale is the least with which codes keep to i16 and, over the keys of a sum, to the budget.
-    """
-    lanes, codes, zeros = k.target.lanes, sizes.codes_v, k.zeros(f32 * k.target.lanes)
-    n_sum = codes.keys_per_sum(TILE_KEYS)
-    total, folded_total, largest, heaviest = (k.var(zeros) for _ in range(4))
-    with k.loop(0, n_keys, n_sum) as start:
-        part = k.var(zeros)
-        with k.loop(start, k.minimum(start + n_sum, n_keys)) as key:
-            at = w.scores.at(key * sizes.block_rows + row)
-            score = at.load(f32 * lanes)
-            hidden = score <= HIDDEN
-            weight = k.select(hidden, 0.0, exp2(k, score - top))
-            folded = k.select(hidden, 0.0, weight * w.value_scale[key])
-            at.store(folded)
-            total += weight
-            part += folded
-            largest.set(k.maximum(folded, largest.get()))
-        heaviest.set(k.maximum(part.get(), heaviest.get()))
-        folded_total += part.get()
-    by_sum = heaviest.get() * (1.0001 / (codes.budget - n_sum))
-    bound = k.maximum(largest.get() * (1 / (LARGEST_CODE - 1)), by_sum)
-    return total.get(), bound + folded_total.get() * 0.0  # which is NaN if a weight is
+    limits = Limits(LARGEST_CODE, codes.keys_per_sum(TILE_KEYS), codes.budget)
+    softmax_tile(k, w, size, n_rows, n_keys, scale=scale, limits=limits, store=store)
 
 
 def value_tile(
@@ -336,16 +266,6 @@ def value_tile(
             w.weight_scale, n_rows, (n_keys + 1) // 2, d_v=sizes.d_v, block_rows=sizes.block_rows,
             pairs_per_sum=sizes.codes_v.keys_per_sum(TILE_KEYS) // 2,
         )  # fmt: skip
-
-
-def close_row(k: Kernel, o: Pointer, to: Pointer, width: int, factor: Value | float = 1.0) -> None:
-    """to = o * factor, its columns in order."""
-    move_row(k, o, to, width, code_tile.in_order, factor)
-
-
-def reopen_row(k: Kernel, source: Pointer, o: Pointer, width: int) -> None:
-    """o = source, its columns in the order of interleaved values."""
-    move_row(k, source, o, width, code_tile.out_of_order, 1.0)
 
 
 def move_row(

@@ -19,16 +19,14 @@ from codegen.kernels.attention_block import (
     STANDARD,
     Block,
     Cells,
-    Sizes,
-    Workspace,
-    copy_row,
+    State,
     decode,
     open_block,
     touch,
-    workspace,
 )
-from codegen.kernels.attention_f32 import Rows, pack_block
+from codegen.kernels.attention_f32 import Rows
 from codegen.kernels.attention_splits import inverse
+from codegen.kernels.attention_ways import ExactSizes
 from codegen.values import Pointer, Value
 
 if TYPE_CHECKING:
@@ -47,8 +45,8 @@ class Expanded:
     max_tokens: int
 
     @property
-    def sizes(self) -> Sizes:
-        return Sizes(
+    def way(self) -> ExactSizes:
+        return ExactSizes(
             STANDARD,
             self.n_head,
             self.n_nope + self.n_rope,
@@ -80,7 +78,7 @@ def expanded_scratch_bytes(
     n_tokens_max: int, n_threads: int, *, n_head: int, n_nope: int, n_rope: int, n_value: int
 ) -> int:
     """Bytes of `scratch` that `attend_chunk` needs."""
-    sizes = Expanded(n_head, n_nope, n_rope, n_value, 0, n_tokens_max).sizes
+    sizes = Expanded(n_head, n_nope, n_rope, n_value, 0, n_tokens_max).way
     return 4 * n_threads * sizes.thread_words
 
 
@@ -93,7 +91,7 @@ def chunk_rows(
     k: Kernel, expanded: Expanded, chunk: Chunk, cache: Pointer, fmt: BlockFormat, head: Value
 ) -> Rows:
     """Keys and values of one head, from the chunk and (k_pe) from the cache."""
-    sizes, n_nope = expanded.sizes, expanded.n_nope
+    sizes, n_nope = expanded.way, expanded.n_nope
     lanes, n_lora = k.target.lanes, expanded.n_lora
     row_bytes = fmt.row_bytes(n_lora + expanded.n_rope)
 
@@ -150,32 +148,36 @@ def attend_chunk(
 
     Called by all threads; `counter` is a zeroed tile counter (a new one when left out).
     """
-    sizes = expanded.sizes
-    w, n_blocks = workspace(k, sizes, scratch), sizes.n_blocks(n_tokens)
+    way = expanded.way
+    w, n_blocks = way.space(k, scratch), way.n_blocks(n_tokens)
     with k.tiles(n_blocks, counter) as item:
         index = n_blocks - 1 - item  # the last tokens see the most: longest items first
-        block = open_block(k, sizes, w, cells, n_tokens, index)
-        pack_block(k, sizes, w, block, lambda r: q.at(r * sizes.d_k))
-        clear_state(k, sizes, w)
+        block = open_block(k, way, w, cells, n_tokens, index)
+        way.pack(k, w, block, lambda r: q.at(r * way.d_k))
+        clear_state(k, way, w)
         with k.when(chunk.goes_on):
-            load_state(k, sizes, w, block, out, state)
-        rows = chunk_rows(k, expanded, chunk, cache, fmt, block.first % sizes.n_head)
-        attend_cells(k, sizes, w, cells, block, chunk.start, chunk.stop, rows, scale)
+            load_state(k, way, w, block, out, state)
+        rows = chunk_rows(k, expanded, chunk, cache, fmt, block.first % way.n_head)
+
+        def attend(n_keys: Value, last: Value, block: Block = block, rows: Rows = rows) -> None:
+            way.fold(k, w, block.n_rows, n_keys, last, rows, scale)
+
+        attend_cells(k, way, w, cells, chunk.start, chunk.stop, attend)
         with k.loop(0, block.n_rows) as i:
             row = block.row(i)
             state[row * 2], state[row * 2 + 1] = w.m[i], w.l[i]
             factor = k.select(chunk.last, inverse(k, w.l[i]), 1.0)
-            copy_row(k, w.o.at(i * sizes.d_v), out.at(row * sizes.d_v), sizes.d_v, factor)
+            way.close_row(k, w.o.at(i * way.d_v), out.at(row * way.d_v), factor)
 
 
 def load_state(
-    k: Kernel, sizes: Sizes, w: Workspace, block: Block, out: Pointer, state: Pointer
+    k: Kernel, way: ExactSizes, w: State, block: Block, out: Pointer, state: Pointer
 ) -> None:
     """What earlier chunks left."""
     with k.loop(0, block.n_rows) as i:
         row = block.row(i)
         w.m[i], w.l[i] = state[row * 2], state[row * 2 + 1]
-        copy_row(k, out.at(row * sizes.d_v), w.o.at(i * sizes.d_v), sizes.d_v)
+        way.reopen_row(k, out.at(row * way.d_v), w.o.at(i * way.d_v))
 
 
 @kernel(

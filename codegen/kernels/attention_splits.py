@@ -16,8 +16,11 @@ from codegen.vecmath import exp2
 if TYPE_CHECKING:
     from codegen.builder import Kernel
 
-MIN_SPLIT = 192  # cells per split at least: packing q again must stay cheap
-SPLIT_STEP = 16
+MIN_SPLIT = 128  # cells per split at least: what a split leaves has to be merged
+# Splits from that many cells on: an even number for two threads to share, but few, and long ones
+# once there are some.
+COUNTS = ((2, 256), (4, 1024), (8, 3072), (16, 6144), (32, 12288), (64, 24576), (128, 49152))
+SPLIT_STEP = 4
 MAX_ITEMS = 128
 
 
@@ -47,7 +50,9 @@ def plan_splits(
     n_rows = n_tokens * sizes.n_head
     most_rows, items = (k.const(n, i64) for n in (partial_rows(sizes), MAX_ITEMS))
     most = k.minimum(most_rows // n_rows, items // n_blocks)
-    wanted = k.maximum(k.minimum(most, (n_kv + (MIN_SPLIT - 1)) // MIN_SPLIT), 1)
+    wanted = k.const(1, i64)
+    for n_splits, start in COUNTS:
+        wanted = k.select((n_kv >= start) & (most >= n_splits), n_splits, wanted)
     cells = tile.round_up((n_kv + wanted - 1) // wanted, SPLIT_STEP)
     count = (n_kv + cells - 1) // cells
     partial = scratch.at(k.n_threads * sizes.thread_words)
