@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from codegen.builder import Kernel
 
 ABSORBED, STANDARD = "absorbed", "standard"
+FEW = 4  # batches bounded by so many tokens mostly have one: blocks are made for that
 TILE_KEYS = 48  # a multiple of every target's register tile
 FIRST_MAX = -1e30  # not -infinity, so that no difference of infinities arises
 HIDDEN = -2e30  # below every running maximum
@@ -47,7 +48,8 @@ class Sizes:
     @property
     def block_rows(self) -> int:
         """Rows of q per block; more reuse a decoded slab more, but have to stay in the L2."""
-        longest = self.max_tokens * (self.n_head if self.kind == ABSORBED else 1)
+        tokens = 1 if self.max_tokens <= FEW else self.max_tokens
+        longest = tokens * (self.n_head if self.kind == ABSORBED else 1)
         return next((n for n in (1, 16, 32) if longest <= n), 64)
 
     @property

@@ -27,6 +27,7 @@ from codegen.kernels.attention_weights import CodeState, Limits, softmax_tile
 from codegen.kernels.blocks import BLOCK
 from codegen.kernels.code_tile import LARGEST_CODE, Codes, micro
 from codegen.kernels.codes import RowCodes, row_codes
+from codegen.kernels.stream import L2
 from codegen.values import Pointer, Value
 
 if TYPE_CHECKING:
@@ -153,6 +154,8 @@ def cached_codes(
     def keys(first: Value) -> Pointer:
         with k.loop(first, k.minimum(first + KEY_GROUP, n_keys), 2) as i:
             cells = [w.key_cell[j].to(i64) for j in (i, k.minimum(i + 1, n_keys - 1))]
+            for cell in cells:
+                ask_for_rows(k, sizes, caches, cell + TILE_KEYS)
             pair = [row_codes(k, caches.fmt_k, caches.key(cell), d_k) for cell in cells]
             to = w.keys.at((i - first) * d_k)
             store_scales(w.key_scale.at(i), pair)
@@ -167,6 +170,16 @@ def cached_codes(
         return w.keys
 
     return TileCodes(keys, d_k, w.values)
+
+
+def ask_for_rows(k: Kernel, sizes: CodeSizes, caches: Caches, cell: Value) -> None:
+    """Ask for a later cell's memory: most often it is seen, too."""
+    rows = [(caches.key(cell), caches.fmt_k.row_bytes(sizes.d_k))]
+    if sizes.kind != ABSORBED:
+        rows.append((caches.value(cell), caches.fmt_v.row_bytes(sizes.d_v)))
+    for row, n_bytes in rows:
+        for line in range(0, n_bytes, k.target.cache_line):
+            k.prefetch(row.bytes(line), L2)
 
 
 def store_scales(to: Pointer, rows: list[RowCodes]) -> None:
