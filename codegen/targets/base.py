@@ -52,7 +52,7 @@ class Target:
         return acc
 
     def dot_i16(self, k: Kernel, acc: Value, a: Value, b: Value) -> Value:
-        """acc[j] += a[2j] * b[2j] + a[2j+1] * b[2j+1] over i16 pairs, exact; no number is -32768."""
+        """acc[j] += a[2j] * b[2j] + a[2j+1] * b[2j+1] over i16 pairs, exact; none is -32768."""
         products, n = a.to(i32) * b.to(i32), acc.type.lanes
         for i in range(2):
             acc = acc + k.shuffle(products, products, [2 * j + i for j in range(n)])
