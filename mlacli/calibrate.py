@@ -32,7 +32,8 @@ def measure_profile(jit: Jit, pool: Pool, n_threads: int) -> MachineProfile:
     """Multiply-adds per second of the absorbed and expanded inner loops and of the expansion."""
     return MachineProfile(
         absorbed_rate=_attention_rate(jit, pool, n_threads, ABSORBED, LORA + ROPE, LORA, F16),
-        expanded_rate=_attention_rate(jit, pool, n_threads, STANDARD, NOPE + ROPE, VALUE, F32),
+        # Expanded keys and values are codes of as many bits as those of Q8_0 rows.
+        expanded_rate=_attention_rate(jit, pool, n_threads, STANDARD, NOPE + ROPE, VALUE, Q8_0),
         expansion_rate_int8=_expansion_rate(jit, pool, n_threads, Q8_0),
         expansion_rate_f32=_expansion_rate(jit, pool, n_threads, F32),
     )

@@ -96,15 +96,15 @@ def attend_cells(
     cells: Cells,
     start: Value,
     stop: Value,
-    attend: Callable[[Value, Value], None],
+    attend: Callable[[Value, Value, Value], None],
 ) -> None:
-    """Fold cells start..stop into m, l and o of an open block: `attend(n_keys, last)` does so with
-    the cells that are listed in w, those up to `last` that the block sees."""
+    """Fold cells start..stop into m, l and o of an open block: `attend(n_keys, first, last)` does
+    that with the cells that are listed in w, those of first..last that some row sees."""
     with k.loop(start, stop, way.tile_keys) as first:
         last = k.minimum(first + way.tile_keys, stop)
         n_keys = visible_cells(k, way, w, cells, first, last)
         with k.when(n_keys > 0):
-            attend(n_keys, last)
+            attend(n_keys, first, last)
 
 
 @kernel(
@@ -161,7 +161,9 @@ def flash_attn(
         clear_state(k, way, w)
         caches = caches_of(way, k_cache, v_cache, block.first % n_head, fmt_k, fmt_v)
 
-        def attend(n_keys: Value, last: Value, block: Block = block, c: Caches = caches) -> None:
+        def attend(
+            n_keys: Value, _: Value, last: Value, block: Block = block, c: Caches = caches
+        ) -> None:
             way.attend(k, w, block, c, n_keys, last, scale)
 
         attend_cells(k, way, w, cells, start, stop, attend)

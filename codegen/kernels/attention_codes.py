@@ -137,12 +137,14 @@ class TileCodes:
 
     `keys(first)` gives the address of the codes of KEY_GROUP keys from number `first` on, `pitch`
     codes apart, after it has made them and those of their values, and the scales. `values` are the
-    tile's in pairs, as `add_values` takes them: the columns of a register tile, then the next.
+    tile's in pairs, as `add_values` takes them: the columns of a register tile, then the next, with
+    room for `part_pairs` pairs of each.
     """
 
     keys: Callable[[Value], Pointer]
     pitch: int
     values: Pointer
+    part_pairs: int
 
 
 def cached_codes(
@@ -169,7 +171,7 @@ def cached_codes(
             store_scales(w.value_scale.at(i), pair)
         return w.keys
 
-    return TileCodes(keys, d_k, w.values)
+    return TileCodes(keys, d_k, w.values, PART_PAIRS)
 
 
 def ask_for_rows(k: Kernel, sizes: CodeSizes, caches: Caches, cell: Value) -> None:
@@ -275,7 +277,7 @@ def value_tile(
     """o = o * keep + weights^T v for the listed cells."""
     with k.loop(0, sizes.d_v, part_width(k, sizes)) as column:
         code_tile.add_values(
-            k, w.o.at(column), w.weights, rows.values.at(column * PART_PAIRS), w.keep,
+            k, w.o.at(column), w.weights, rows.values.at(column * rows.part_pairs), w.keep,
             w.weight_scale, n_rows, (n_keys + 1) // 2, d_v=sizes.d_v, block_rows=sizes.block_rows,
             pairs_per_sum=sizes.codes_v.keys_per_sum(TILE_KEYS) // 2,
         )  # fmt: skip

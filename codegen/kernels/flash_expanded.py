@@ -9,22 +9,28 @@ at barriers between the parts of a chunk: the next part reads what all of them w
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from codegen.dtypes import f32, i32, u8
 from codegen.formats import BlockFormat
 from codegen.kernel import dim, kernel, ptr
-from codegen.kernels.attention_block import Cells
+from codegen.kernels.attention_block import Block, Cells
+from codegen.kernels.attention_codes import CodeSizes
 from codegen.kernels.attention_expanded import (
     Chunk,
     Expanded,
+    Fold,
+    Span,
     attend_chunk,
-    expanded_scratch_bytes,
     expanded_state_bytes,
+    fold_codes,
+    fold_rows,
 )
 from codegen.kernels.expand import Part, expand_heads, latent_pitch, latent_rows, reset
-from codegen.kernels.panel import panel_bytes
+from codegen.kernels.expand_codes import CodeChunk, expand_codes, stage_bytes
+from codegen.kernels.panel_decode import panel_bytes
 from codegen.targets.base import Target
 from codegen.values import Pointer, Value
 
@@ -60,23 +66,20 @@ def layout(
     parts: tuple[Part, Part],
     chunk_rows: int,
     n_threads: int,
+    fmt: BlockFormat,
 ) -> Layout:
-    """Where the kernel's workspaces lie in scratch."""
-    e, panel = expanded, 0
-    for part in parts:
-        panel = max(panel, _aligned(panel_bytes(target, part.fmt, part.n_lora)))
+    """Where the kernel's workspaces lie in scratch; `fmt` is the cache's."""
+    e, way = expanded, expanded.way(fmt, parts[0].fmt)
+    panel = max(_aligned(panel_bytes(target, part.fmt, part.n_lora)) for part in parts)
+    kv = 4 * chunk_rows * e.n_head * (e.n_nope + e.n_value)
+    if isinstance(way, CodeSizes):
+        kv = CodeChunk(way, chunk_rows).nbytes
+        panel += stage_bytes(max(e.n_nope, e.n_value))
     sizes = {
-        "attend": expanded_scratch_bytes(
-            e.max_tokens,
-            n_threads,
-            n_head=e.n_head,
-            n_nope=e.n_nope,
-            n_rope=e.n_rope,
-            n_value=e.n_value,
-        ),
+        "attend": 4 * n_threads * way.thread_words,
         "state": expanded_state_bytes(e.max_tokens, n_head=e.n_head),
         "rows": chunk_rows * latent_pitch(parts[0].fmt, e.n_lora),
-        "kv": 4 * chunk_rows * e.n_head * (e.n_nope + e.n_value),
+        "kv": kv,
         "panels": n_threads * panel,
     }
     offsets, at = {}, 0
@@ -135,32 +138,85 @@ def flash_expanded(
     panel_bytes: int,
 ) -> None:
     """out[t, h] = softmax(scale q[t, h] [w_uk[h] c_kv | k_pe]) (v_b[h] c_kv)."""
-    e, width = expanded, expanded.n_nope + expanded.n_value
-    c_width = e.n_lora + e.n_rope
-    panel, values = panels.bytes(k.thread * panel_bytes), kv.at(e.n_nope)
+    e, way = expanded, expanded.way(fmt, parts[0].fmt)
+    c_width, cells = e.n_lora + e.n_rope, Cells(cell_pos, cell_seq, pos, seq)
+    make = codes_chunk if isinstance(way, CodeSizes) else f32_chunk
+    chunk = make(
+        k, e, kv, (w_uk, v_b), rows, cache, panels.bytes(k.thread * panel_bytes), cells,
+        parts=parts, fmt=fmt, scale=scale, chunk_rows=chunk_rows,
+    )  # fmt: skip
     for_rows, for_attention = k.counter(), k.counter()
-    for_parts = [k.counter() for _ in parts]
     with k.loop(0, n_kv, chunk_rows) as start:
         stop = k.minimum(start + chunk_rows, n_kv)
-        n_rows = stop - start
         latent_rows(
-            k, rows, cache, start, n_rows, for_rows, part=parts[0], c_width=c_width, fmt=fmt
-        )
-        k.barrier()
-        reset(k, for_attention)
-        halves = ((kv, w_uk, for_parts[0], parts[0]), (values, v_b, for_parts[1], parts[1]))
-        for to, w, counter, part in halves:
-            expand_heads(
-                k, to, w, rows, n_rows, panel, counter,
-                part=part, out_row=e.n_head * width, out_head=width,
-            )  # fmt: skip
-        k.barrier()
-        reset(k, for_rows)
-        chunk = Chunk(kv, values, width, width, start, stop, start > 0, stop >= n_kv)
-        attend_chunk(
-            k, e, chunk, Cells(cell_pos, cell_seq, pos, seq), q, cache, out, state, attend,
-            n_tokens, fmt=fmt, scale=scale, counter=for_attention,
+            k, rows, cache, start, stop - start, for_rows,
+            part=parts[0], c_width=c_width, fmt=fmt,
         )  # fmt: skip
         k.barrier()
-        for counter in for_parts:
+        reset(k, for_attention)
+        chunk.expand(start, stop - start)
+        k.barrier()
+        reset(k, for_rows)
+        attend_chunk(
+            k, way, Span(start, stop, start > 0, stop >= n_kv), chunk.fold_of(start), cells, q, out,
+            state, attend, n_tokens, for_attention,
+        )  # fmt: skip
+        k.barrier()
+        for counter in chunk.counters:
             reset(k, counter)
+
+
+@dataclass(frozen=True)
+class ChunkMaker:
+    """`expand(start, n_rows)` fills the chunk, `fold_of(start)` says how a block takes in a tile of
+    it. The counters are to be zero when `expand` starts."""
+
+    expand: Callable[[Value, Value], None]
+    fold_of: Callable[[Value], Callable[[Any, Block], Fold]]
+    counters: list[Pointer]
+
+
+def f32_chunk(
+    k: Kernel, e: Expanded, kv: Pointer, weights: tuple[Pointer, Pointer], rows: Pointer,
+    cache: Pointer, own: Pointer, cells: Cells, *, parts: tuple[Part, Part], fmt: BlockFormat,
+    scale: float, chunk_rows: int,
+) -> ChunkMaker:  # fmt: skip
+    """K and V of a row side by side for each head, in f32."""
+    width, counters = e.n_nope + e.n_value, [k.counter() for _ in parts]
+    places = (kv, kv.at(e.n_nope))
+
+    def expand(start: Value, n_rows: Value) -> None:
+        for to, w, counter, part in zip(places, weights, counters, parts, strict=True):
+            expand_heads(
+                k, to, w, rows, n_rows, own, counter,
+                part=part, out_row=e.n_head * width, out_head=width,
+            )  # fmt: skip
+
+    def fold_of(start: Value) -> Callable[[Any, Block], Fold]:
+        return fold_rows(k, e, Chunk(*places, width, width, start), cache, fmt, scale)
+
+    return ChunkMaker(expand, fold_of, counters)
+
+
+def codes_chunk(
+    k: Kernel, e: Expanded, kv: Pointer, weights: tuple[Pointer, Pointer], rows: Pointer,
+    cache: Pointer, own: Pointer, cells: Cells, *, parts: tuple[Part, Part], fmt: BlockFormat,
+    scale: float, chunk_rows: int,
+) -> ChunkMaker:  # fmt: skip
+    """K and V of each head as codes."""
+    way, counter = e.way(fmt, parts[0].fmt), k.counter()
+    assert isinstance(way, CodeSizes)
+    chunk, stage = CodeChunk(way, chunk_rows), own.cast(f32)
+    panel = own.bytes(stage_bytes(max(e.n_nope, e.n_value)))
+
+    def expand(start: Value, n_rows: Value) -> None:
+        cached = cache.bytes(start * fmt.row_bytes(e.n_lora + e.n_rope))
+        expand_codes(
+            k, chunk, kv, weights, rows, cached, n_rows, panel, stage, counter,
+            parts=parts, fmt=fmt,
+        )  # fmt: skip
+
+    def fold_of(start: Value) -> Callable[[Any, Block], Fold]:
+        return fold_codes(k, chunk, kv, cells, start, scale)
+
+    return ChunkMaker(expand, fold_of, [counter])

@@ -168,7 +168,7 @@ def _expanded(lower: Lower, node: Node) -> tuple[Expanded, tuple[Part, Part], La
         node.attrs["chunk_bytes"], h.n_head, h.n_nope, h.n_v, lower.bounds[Dim.N_KV]
     )
     parts = (uk, uv)
-    return expanded, parts, layout(lower.target, expanded, parts, n_rows, lower.n_threads)
+    return expanded, parts, layout(lower.target, expanded, parts, n_rows, lower.n_threads, h.fmt_k)
 
 
 def _expanded_scratch(lower: Lower, node: Node) -> int:

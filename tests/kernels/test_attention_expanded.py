@@ -9,7 +9,7 @@ import pytest
 
 from codegen.formats import Q8_KV
 from codegen.kernels.attention_expanded import (
-    expanded_scratch_bytes,
+    Expanded,
     expanded_state_bytes,
     flash_expanded_chunk,
 )
@@ -35,9 +35,7 @@ def run_chunks(
     keys = np.concatenate([k_nope, k_pe], axis=2)
     expected = attention(q, keys, v.astype(np.float64), cache.visible)
     k_nope[~cache.used], v[~cache.used] = np.nan, np.nan
-    n_bytes = expanded_scratch_bytes(
-        n_tokens, n_threads, n_head=N_HEAD, n_nope=n_nope, n_rope=n_rope, n_value=n_value
-    )
+    exact = Expanded(N_HEAD, n_nope, n_rope, n_value, n_lora, n_tokens).exact
     n_state = expanded_state_bytes(n_tokens, n_head=N_HEAD)
     args: dict[str, Any] = {
         "q": q,
@@ -48,7 +46,7 @@ def run_chunks(
         "cell_seq": cache.cell_seq,
         "out": np.full(expected.shape, np.nan, np.float32),
         "state": np.full(n_state // 4, np.nan, np.float32),
-        "scratch": np.full(n_bytes // 4, np.nan, np.float32),
+        "scratch": np.full(n_threads * exact.thread_words, np.nan, np.float32),
         "n_tokens": n_tokens,
         "n_kv": n_kv,
     }

@@ -15,13 +15,29 @@ from codegen.formats import F16, F32, IQ4_NL, Q8_0, Q8_KV, BlockFormat
 from codegen.kernels.activations import row_bytes
 from codegen.kernels.attention_expanded import Expanded
 from codegen.kernels.expand import HEAD_CHUNK, Part, expand_head, latent_pitch
+from codegen.kernels.expand_codes import STAGE_ROWS
 from codegen.kernels.flash_expanded import flash_expanded, layout, rows_per_chunk
 from codegen.kernels.panel import panel_bytes
 from codegen.targets.base import Target
 from mlacli.gguf.quants import dequantise, quantise
 from tests.kernels import numpy_ops
-from tests.kernels.attention_cases import SCALE, Array, attention, make_cache, stored
-from tests.kernels.harness import assert_threads_agree, each_target, host_targets, nmse, run_guarded
+from tests.kernels.attention_cases import (
+    BLOCK_LIMIT,
+    SCALE,
+    Array,
+    attention,
+    limit,
+    make_cache,
+    stored,
+)
+from tests.kernels.harness import (
+    assert_threads_agree,
+    each_target,
+    host_targets,
+    nmse,
+    run_guarded,
+    run_kernel,
+)
 
 N_HEAD, NOPE, ROPE, VALUE, LORA = 3, 64, 32, 32, 96
 LIMIT = 1e-11
@@ -30,8 +46,9 @@ each_weight = pytest.mark.parametrize("fmt", WEIGHTS, ids=lambda f: f.name)
 
 
 def matrices(rng: np.random.Generator, fmt: BlockFormat, n_rows: int) -> tuple[Array, Array]:
-    """(bytes, values) of N_HEAD matrices (n_rows, LORA)."""
-    data = quantise(rng.standard_normal((N_HEAD * n_rows, LORA)).astype(np.float32), fmt)
+    """(bytes, values) of N_HEAD matrices (n_rows, LORA), that make keys and values of about 1."""
+    values = rng.standard_normal((N_HEAD * n_rows, LORA)) / np.sqrt(LORA)
+    data = quantise(values.astype(np.float32), fmt)
     return data, dequantise(data, fmt, LORA).reshape(N_HEAD, n_rows, LORA).astype(np.float64)
 
 
@@ -76,12 +93,18 @@ def test_expand_head(target: Target, fmt: BlockFormat, n_kv: int, with_rope: boo
 
 
 def expanded_case(
-    target: Target, fmt: BlockFormat, n_tokens: int, n_kv: int, chunk: int, n_threads: int
+    target: Target,
+    fmt: BlockFormat,
+    n_tokens: int,
+    n_kv: int,
+    chunk: int,
+    n_threads: int,
+    cached: BlockFormat = Q8_KV,
 ) -> tuple[Any, dict[str, Any], Array]:
-    """(spec, args, expected) of a whole expanded attention."""
+    """(spec, args, expected) of a whole expanded attention: weights in `fmt`, cache in `cached`."""
     rng = np.random.default_rng(n_kv)
     cache = make_cache(n_tokens, n_kv, seed=n_kv)
-    rows, decoded = stored(rng.standard_normal((n_kv, LORA + ROPE)), Q8_KV, cache.used)
+    rows, decoded = stored(rng.standard_normal((n_kv, LORA + ROPE)), cached, cache.used)
     q = rng.standard_normal((n_tokens, N_HEAD, NOPE + ROPE)).astype(np.float32)
     uk_data, uk = matrices(rng, fmt, NOPE)
     uv_data, uv = matrices(rng, fmt, VALUE)
@@ -95,11 +118,11 @@ def expanded_case(
         Part(N_HEAD, NOPE, LORA, NOPE * fmt.row_bytes(LORA), fmt),
         Part(N_HEAD, VALUE, LORA, VALUE * fmt.row_bytes(LORA), fmt),
     )
-    at = layout(target, expanded, parts, chunk, n_threads)
+    at = layout(target, expanded, parts, chunk, n_threads, cached)
     spec = flash_expanded(
         expanded=expanded,
         parts=parts,
-        fmt=Q8_KV,
+        fmt=cached,
         scale=SCALE,
         chunk_rows=chunk,
         panel_bytes=at.panel_bytes,
@@ -141,9 +164,19 @@ SCRATCH = ("attend", "state", "rows", "kv", "panels")
 def test_expanded_attention_over_several_chunks(
     target: Target, fmt: BlockFormat, n_tokens: int, n_kv: int
 ) -> None:
-    spec, args, expected = expanded_case(target, fmt, n_tokens, n_kv, 64, 2)
-    found = run_guarded(spec, target, args, outputs=("out",), updates=SCRATCH)["out"]
-    assert nmse(found, expected) <= LIMIT
+    for cached in (F32, F16, Q8_KV):
+        spec, args, expected = expanded_case(target, fmt, n_tokens, n_kv, 64, 2, cached)
+        found = run_guarded(spec, target, args, outputs=("out",), updates=SCRATCH)["out"]
+        exact = cached is F32 or n_tokens == 1
+        rough = BLOCK_LIMIT if fmt.integer_dot or cached is Q8_KV else limit(cached)
+        assert nmse(found, expected) <= (LIMIT if exact else rough), cached.name
+
+
+def test_a_chunk_of_many_rows_is_made_in_stages() -> None:
+    target = host_targets()[0]
+    spec, args, expected = expanded_case(target, Q8_0, 7, STAGE_ROWS + 37, 1024, 2)
+    run_kernel(spec, target, args, 2)
+    assert nmse(args["out"], expected) <= BLOCK_LIMIT
 
 
 def test_expanded_attention_does_not_depend_on_threads() -> None:
