@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from codegen.dtypes import DType, f32, i32
@@ -68,9 +68,22 @@ def silu(k: Kernel, x: Value) -> Value:
 
 
 def transpose_sum(k: Kernel, accs: Sequence[Value]) -> Value:
-    """[sum of lanes of accs[0], of accs[1], ...]: n vectors of n lanes into one vector.
+    """[sum of lanes of accs[0], of accs[1], ...]: n vectors of n lanes into one vector."""
+    return transpose_reduce(k, accs, lambda a, b: a + b)
 
-    A butterfly: each round adds one half of every pair to the other, so n - 1 adds do all n sums.
+
+def transpose_max(k: Kernel, accs: Sequence[Value]) -> Value:
+    """[largest lane of accs[0], of accs[1], ...]."""
+    return transpose_reduce(k, accs, k.maximum)
+
+
+def transpose_reduce(
+    k: Kernel, accs: Sequence[Value], combine: Callable[[Value, Value], Value]
+) -> Value:
+    """[all lanes of accs[0] combined, of accs[1], ...]: n vectors of n lanes into one vector.
+
+    A butterfly: each round combines one half of every pair with the other, so that n - 1 steps do
+    all n vectors.
     """
     n = accs[0].type.lanes
     vectors, width = list(accs), n
@@ -83,7 +96,7 @@ def transpose_sum(k: Kernel, accs: Sequence[Value]) -> Value:
                 low += [start + i for i in range(half)] + [n + start + i for i in range(half)]
                 high += [start + half + i for i in range(half)]
                 high += [n + start + half + i for i in range(half)]
-            paired.append(k.shuffle(a, b, low) + k.shuffle(a, b, high))
+            paired.append(combine(k.shuffle(a, b, low), k.shuffle(a, b, high)))
         vectors, width = paired, half
     return k.shuffle(vectors[0], vectors[0], [_final_lane(i, n) for i in range(n)])
 

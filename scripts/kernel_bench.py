@@ -1,4 +1,4 @@
-"""How close does each matrix kernel come to what this machine can do?
+"""How close does each kernel with much to compute come to what this machine can do?
 
     python scripts/kernel_bench.py                        # every case, 1 and 2 threads
     python scripts/kernel_bench.py --filter 'moe.*IQ4_NL' --threads 2
@@ -126,7 +126,7 @@ class Bench:
     def passes(self, work: Work, data: Array, n_threads: int) -> tuple[list[Launches], int]:
         """Launch tables that walk through the weight pool, and the calls in each."""
         step = work.weight_bytes * len(work.weights)
-        n_copies = data.nbytes // step
+        n_copies = data.nbytes // max(step, 1)
 
         def arguments(copy: int) -> dict[str, Array | int]:
             base = copy % n_copies * step
@@ -150,7 +150,7 @@ class Bench:
         work = MAKERS[case.maker](case, self.jit.target, n_threads)
         data = self.weights(case.fmt, work.weight_bytes * len(work.weights))
         tables, calls = self.passes(work, data, n_threads)
-        unit = "int8" if case.fmt.is_quantised else "f32"
+        unit = work.unit or ("int8" if case.fmt.is_quantised else "f32")
         peak, peak_madds = self.peak(unit, n_threads)
         reading = self.reading(data, n_threads)
 

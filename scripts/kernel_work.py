@@ -15,9 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from codegen.call import aligned_bytes
-from codegen.formats import WEIGHT_FORMATS, BlockFormat
+from codegen.formats import CACHE_FORMATS, WEIGHT_FORMATS, BlockFormat
 from codegen.kernel import KernelSpec
-from codegen.kernels import matmul, moe, moe_few
+from codegen.kernels import attention, matmul, moe, moe_few
 from codegen.kernels.activations import row_bytes
 from codegen.kernels.blocks import BLOCK
 from codegen.kernels.panel import panel_bytes
@@ -28,6 +28,7 @@ Array = NDArray[Any]
 
 N_EXPERT, N_USED = 64, 6
 PATTERN_BYTES = 1 << 20
+POOL_BYTES = 128 << 20  # of caches that take turns
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class Work:
     """A kernel, its arguments, and what it does.
 
     `weights` names the arguments that are moved through the pool, each of `weight_bytes`; calls
-    take the ones of `in_turn` one after another.
+    take the ones of `in_turn` one after another. `unit` is the peak that counts for the work.
     """
 
     spec: KernelSpec
@@ -68,6 +69,7 @@ class Work:
     multiply_adds: float
     read_bytes: float
     in_turn: dict[str, list[Array]] = field(default_factory=dict)
+    unit: str = ""
 
 
 # -- inputs ---------------------------------------------------------------------------------------
@@ -214,12 +216,53 @@ def experts(case: Case, target: Target, n_threads: int) -> Work:
     return Work(spec, arguments, weights, N_EXPERT * case.matrix_bytes, madds, read, in_turn)
 
 
+def flash(case: Case, target: Target, n_threads: int) -> Work:
+    """The last tokens of n_rows cached ones attend to them: flash_absorbed or flash_standard."""
+    absorbed, n_kv, n_head = case.maker == "flash_absorbed", case.n_rows, case.n_mats
+    d_k, d_v = (case.n_cols, 512) if absorbed else (case.n_cols, 128)
+    sizes: dict[str, Any] = {"n_head": n_head, "d_k": d_k, "d_v": d_v}
+    sizes["kind"] = attention.ABSORBED if absorbed else attention.STANDARD
+    fmt, n_tokens, heads = case.fmt, case.n_tokens, 1 if absorbed else n_head
+    words = attention.flash_scratch_bytes(n_tokens, n_kv, n_threads, **sizes) // 4
+    pos = np.arange(n_kv - n_tokens, n_kv, dtype=np.int32)
+    q = floats(n_tokens, n_head, d_k)
+    q[...] = 0.1
+    arguments: dict[str, Array | int] = {
+        "q": q,
+        "v_cache": cache_rows(fmt, n_kv * heads, d_v),
+        "pos": pos,
+        "seq": np.zeros(n_tokens, np.int32),
+        "cell_pos": np.arange(n_kv, dtype=np.int32),
+        "cell_seq": np.zeros(n_kv, np.int32),
+        "out": floats(n_tokens, n_head, d_v),
+        "scratch": floats(words),
+        "n_tokens": n_tokens,
+        "n_kv": n_kv,
+    }
+    keys = cache_rows(fmt, n_kv * heads, d_k)
+    copies = max(1, min(16, POOL_BYTES // keys.nbytes))
+    in_turn = {"k_cache": [keys, *(keys.copy() for _ in range(copies - 1))]}
+    spec = attention.flash_attn(**sizes, max_tokens=n_tokens, fmt_k=fmt, fmt_v=fmt, scale=0.05)
+    madds = n_head * (d_k + d_v) * float((pos + 1).sum())
+    read = keys.nbytes if absorbed else keys.nbytes + n_kv * n_head * fmt.row_bytes(d_v)
+    unit = "f32" if fmt is CACHE_FORMATS["f32"] else "int16"
+    return Work(spec, arguments, (), 0, madds, read, in_turn, unit)
+
+
+def cache_rows(fmt: BlockFormat, n_rows: int, n: int) -> Array:
+    """Rows of a cache, alike by the dozen."""
+    values = np.random.default_rng(0).normal(size=(64, n)).astype(np.float32)
+    return np.resize(quantise(values, fmt), (n_rows, fmt.row_bytes(n)))
+
+
 Maker = Callable[[Case, Target, int], Work]
 MAKERS: dict[str, Maker] = {
     "matvec": products,
     "matmul": products,
     "up_gate": dense_gate,
     "up_gate_vec": dense_gate,
+    "flash_absorbed": flash,
+    "flash_standard": flash,
     **{f"moe_{name}": experts for name in ("up_gate", "matmul", "down")},
     **{f"moe_{name}_vec": experts for name in ("up_gate", "matmul", "down")},
 }
@@ -252,6 +295,11 @@ def cases(shrink: int) -> Iterator[Case]:
     for fmt in formats:
         for tokens in (5, 16, 48, 512):
             yield Case("matmul", "shexp", fmt, n(2816), 2048, tokens)
+    for name in ("q8_KV", "q8_0", "f16", "f32"):
+        for tokens, depth in ((1, 4096), (4, 4096), (64, 1024)):
+            fmt, tokens = CACHE_FORMATS[name], min(tokens, n(depth))
+            yield Case("flash_absorbed", "attn", fmt, n(depth), 576, tokens, 16)
+        yield Case("flash_standard", "attn", CACHE_FORMATS[name], n(1024), 192, n(256), 16)
     for fmt in few[:2]:
         yield Case("matmul", "k_b", fmt, n(512), 128, n(512), 16)
         yield Case("matmul", "v_b", fmt, n(128), 512, n(512), 16)

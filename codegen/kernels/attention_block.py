@@ -17,6 +17,7 @@ from codegen.dtypes import b1, f32, i32, i64
 from codegen.formats import BlockFormat
 from codegen.kernels import tile
 from codegen.kernels.blocks import BLOCK, load_block
+from codegen.kernels.stream import L2
 from codegen.values import Pointer, Value, Var
 from codegen.vecmath import all_lanes, any_lane
 
@@ -178,6 +179,23 @@ def open_block(
         w.row_pos[i] = cells.pos[token]
         w.row_seq[i] = k.select(i < n_rows, cells.seq[token], NO_SEQUENCE)
     return block
+
+
+@dataclass(frozen=True)
+class Ahead:
+    """Asks for rows needed later while others are multiplied, a little at each of `n_steps`: if for
+    all at once, what is multiplied would wait behind it. Row i of `n_rows` is at `row(i)`."""
+
+    row: Callable[[Value], Pointer]
+    n_rows: int
+    n_steps: int
+    row_bytes: int
+
+    def step(self, i: Value) -> None:
+        """One line of one row."""
+        share = -(-self.row_bytes * self.n_rows // self.n_steps)
+        line = self.row(i % self.n_rows).bytes(i // self.n_rows * share)
+        line.k.prefetch(line, L2)
 
 
 @dataclass(frozen=True)

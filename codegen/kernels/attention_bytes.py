@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from codegen.dtypes import f32, i8, i32, i64, u8
 from codegen.formats import Q8_KV
 from codegen.kernels import byte_tile
-from codegen.kernels.attention_block import LINE_WORDS, Block, Caches, Sizes, thread_arrays
+from codegen.kernels.attention_block import LINE_WORDS, Ahead, Block, Caches, Sizes, thread_arrays
 from codegen.kernels.attention_weights import CodeState, Limits, softmax_tile
 from codegen.targets.base import Target
 from codegen.values import Pointer, Value
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 TILE_KEYS = 128
 # Between the parts of a tile's values there is room, or they would meet in a few sets of the L1.
 PART_QUADS = TILE_KEYS // 4 + 1
-AHEAD = 16  # rows between what is multiplied and what is asked for
+AHEAD = 32  # cells between what is multiplied and what is asked for
 LIMITS = Limits(byte_tile.LARGEST_WEIGHT, TILE_KEYS, 2**31)  # no sum of a tile is near overflow
 
 
@@ -122,13 +122,16 @@ def score_tile(
         row = caches.key(cell)
         w.key_scale[number] = row.bytes(d, f32).load()
         w.value_scale[number] = caches.value(cell).bytes(d, f32).load()
-        for line in range(0, row_bytes, k.target.cache_line):
-            k.prefetch(row.bytes(AHEAD * row_bytes + line))
         return row.bytes(caches.fmt_k.header_bytes + codes, u8), row.bytes(total, i32).load()
+
+    def ask(number: Value, quad: Value) -> None:
+        cell = w.key_cell[number].to(i64) + AHEAD
+        n = byte_tile.micro(k, sizes.block_rows).keys
+        Ahead(lambda i: caches.key(cell + i), n, sizes.d_k // 4, row_bytes).step(quad)
 
     byte_tile.multiply_keys(
         k, w.scores, w.packed, w.q_scale, key, n_rows, n_keys,
-        width=sizes.d_k, block_rows=sizes.block_rows,
+        width=sizes.d_k, block_rows=sizes.block_rows, ask=ask,
     )  # fmt: skip
 
 

@@ -18,6 +18,7 @@ from codegen.kernels import code_tile
 from codegen.kernels.attention_block import (
     ABSORBED,
     LINE_WORDS,
+    Ahead,
     Block,
     Caches,
     Sizes,
@@ -27,7 +28,6 @@ from codegen.kernels.attention_weights import CodeState, Limits, softmax_tile
 from codegen.kernels.blocks import BLOCK
 from codegen.kernels.code_tile import LARGEST_CODE, Codes, micro
 from codegen.kernels.codes import RowCodes, row_codes
-from codegen.kernels.stream import L2
 from codegen.values import Pointer, Value
 
 if TYPE_CHECKING:
@@ -138,13 +138,15 @@ class TileCodes:
     `keys(first)` gives the address of the codes of KEY_GROUP keys from number `first` on, `pitch`
     codes apart, after it has made them and those of their values, and the scales. `values` are the
     tile's in pairs, as `add_values` takes them: the columns of a register tile, then the next, with
-    room for `part_pairs` pairs of each.
+    room for `part_pairs` pairs of each. `ask(key, pair)` asks for later keys while pairs of columns
+    of some from number `key` on are multiplied.
     """
 
     keys: Callable[[Value], Pointer]
     pitch: int
     values: Pointer
     part_pairs: int
+    ask: Callable[[Value, Value], None] = lambda key, pair: None
 
 
 def cached_codes(
@@ -156,8 +158,6 @@ def cached_codes(
     def keys(first: Value) -> Pointer:
         with k.loop(first, k.minimum(first + KEY_GROUP, n_keys), 2) as i:
             cells = [w.key_cell[j].to(i64) for j in (i, k.minimum(i + 1, n_keys - 1))]
-            for cell in cells:
-                ask_for_rows(k, sizes, caches, cell + TILE_KEYS)
             pair = [row_codes(k, caches.fmt_k, caches.key(cell), d_k) for cell in cells]
             to = w.keys.at((i - first) * d_k)
             store_scales(w.key_scale.at(i), pair)
@@ -171,17 +171,12 @@ def cached_codes(
             store_scales(w.value_scale.at(i), pair)
         return w.keys
 
-    return TileCodes(keys, d_k, w.values, PART_PAIRS)
+    def ask(number: Value, pair: Value) -> None:
+        cell = w.key_cell[number].to(i64) + TILE_KEYS
+        n = micro(k, sizes.block_rows, sizes.codes_k.terms).keys
+        Ahead(lambda i: caches.key(cell + i), n, d_k // 2, caches.fmt_k.row_bytes(d_k)).step(pair)
 
-
-def ask_for_rows(k: Kernel, sizes: CodeSizes, caches: Caches, cell: Value) -> None:
-    """Ask for a later cell's memory: most often it is seen, too."""
-    rows = [(caches.key(cell), caches.fmt_k.row_bytes(sizes.d_k))]
-    if sizes.kind != ABSORBED:
-        rows.append((caches.value(cell), caches.fmt_v.row_bytes(sizes.d_v)))
-    for row, n_bytes in rows:
-        for line in range(0, n_bytes, k.target.cache_line):
-            k.prefetch(row.bytes(line), L2)
+    return TileCodes(keys, d_k, w.values, PART_PAIRS, ask)
 
 
 def store_scales(to: Pointer, rows: list[RowCodes]) -> None:
@@ -240,11 +235,14 @@ def score_tile(
         keys, scores = rows.keys(first), w.scores.at(first * size)
         n_group = k.minimum(n_keys - first, KEY_GROUP)
 
-        def add_slab(slab: Value | int, is_first: bool, keys: Pointer = keys) -> None:
+        def add_slab(
+            slab: Value | int, is_first: bool, keys: Pointer = keys, first: Value = first
+        ) -> None:
             code_tile.multiply_keys(
                 k, scores, w.packed.at(slab * (size * codes.terms * width // 2)),
                 w.q_scale.at(slab * size), keys.at(slab * width), n_rows, n_group, codes=codes,
                 width=width, pitch=rows.pitch, block_rows=size, first=is_first,
+                ask=lambda key, pair: rows.ask(first + key, slab * (width // 2) + pair),
             )  # fmt: skip
 
         add_slab(0, True)

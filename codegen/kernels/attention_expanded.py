@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from codegen.dtypes import f32, i32, u8
+from codegen.dtypes import f32, i32, i64, u8
 from codegen.formats import F32, BlockFormat
 from codegen.kernel import dim, kernel, ptr
 from codegen.kernels import tile
@@ -176,7 +176,8 @@ def fold_codes(
     way = chunk.way
 
     def of_block(w: Any, block: Block) -> Fold:
-        def fold(n_keys: Value, first: Value, last: Value) -> None:
+        def fold(n_keys: Value, first: Value, _: Value) -> None:
+            last = w.key_cell[n_keys - 1].to(i64) + 1  # behind it there is nothing to see
             with k.when(n_keys < last - first), k.loop(first, last) as cell:
                 w.key_pos[cell - first] = cells.cell_pos[cell]
                 w.key_seq[cell - first] = cells.cell_seq[cell]

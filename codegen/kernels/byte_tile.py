@@ -17,8 +17,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from codegen.dtypes import f32, i8, i32, u8
-from codegen.kernels.encode import inverse_of, largest_bits
-from codegen.kernels.tile import round_up, transpose
+from codegen.kernels.code_tile import spread
+from codegen.kernels.encode import inverse_of
+from codegen.kernels.tile import round_up, row_bounds, transpose
 from codegen.values import Pointer, Value, Var
 from codegen.vecmath import round_to_int
 
@@ -58,32 +59,22 @@ def pack_queries(
 ) -> None:
     """Bytes of rows of q, transposed, and a scale per row; lanes past `n_rows` repeat the last."""
     lanes = k.target.lanes
-    group = micro(k, block_rows).vectors * lanes
+    group, inverses = micro(k, block_rows).vectors * lanes, k.stack(f32, lanes)
     with k.loop(0, round_up(n_rows, group), lanes) as first:
-        sources, inverses = [row(k.minimum(first + i, n_rows - 1)) for i in range(lanes)], []
+        sources = [row(k.minimum(first + i, n_rows - 1)) for i in range(lanes)]
         to = packed.at(first // group * (group * width // 2) + first % group)
-        for i, source in enumerate(sources):
-            scale = largest(k, source, width) * (1 / (OFFSET - 1))
-            scales.at(first)[i] = scale
-            inverses.append(inverse_of(k, scale))
+        top, total = row_bounds(k, sources, 0, width)
+        scale = top * (1 / (OFFSET - 1)) + total * 0.0  # which is NaN if a number is
+        scales.at(first).store(scale)
+        inverses.store(inverse_of(k, scale))
         with k.loop(0, width, 4 * lanes) as column:
             rows = []
-            for source, inverse in zip(sources, inverses, strict=True):
+            for source, inverse in zip(sources, spread(inverses, lanes), strict=True):
                 parts = [source.at(column + j * lanes).load(f32 * lanes) for j in range(4)]
                 rows.append(byte_quads(k, [round_to_int(k, v * inverse) + OFFSET for v in parts]))
             for term, quads in enumerate(zip(*rows, strict=True)):
                 for i, v in enumerate(transpose(k, list(quads))):
                     to.at(((column // 4 + i) * 2 + term) * group).store(v)
-
-
-def largest(k: Kernel, x: Pointer, width: int) -> Value:
-    """The largest magnitude; NaN if there is one."""
-    lanes = k.target.lanes
-    top = k.var(k.const(0, i32))
-    with k.loop(0, width, 2 * lanes) as column:
-        both = [x.at(column + j).load(f32 * lanes) for j in (0, lanes)]
-        top.set(k.maximum(largest_bits(k, both), top.get()))
-    return top.get().bits_as(f32)
 
 
 def byte_quads(k: Kernel, codes: list[Value]) -> tuple[Value, Value]:
@@ -115,11 +106,13 @@ def multiply_keys(
     *,
     width: int,
     block_rows: int,
+    ask: Callable[[Value, Value], None],
 ) -> None:
     """s[key][row] = scale[row] * sum over columns of keys[key][column] * q[row][column].
 
     `keys(key)` is the address of a row's codes, and their sum. Whole register tiles are computed:
-    s has room for keys past `n_keys`, for which `keys` may give any row.
+    s has room for keys past `n_keys`, for which `keys` may give any row. `ask(key, quad)` is called
+    in between, to ask for memory needed later.
     """
     m, lanes = micro(k, block_rows), k.target.lanes
     group = m.vectors * lanes
@@ -131,6 +124,7 @@ def multiply_keys(
             with k.loop(0, width // 4) as quad:
                 at = q.at(quad * (2 * group))
                 vectors = [at.at(v * lanes).load(i32 * lanes) for v in range(2 * m.vectors)]
+                ask(key, quad)
                 for (codes, _), acc in zip(rows, sums, strict=True):
                     add_quads(k, acc, vectors, codes.cast(i32).at(quad)[0])
             for v in range(m.vectors):

@@ -17,8 +17,7 @@ from typing import TYPE_CHECKING
 
 from codegen.dtypes import f32, i16, i32
 from codegen.kernels.encode import inverse_of
-from codegen.kernels.rows import tree
-from codegen.kernels.tile import round_up, transpose
+from codegen.kernels.tile import round_up, row_bounds, transpose
 from codegen.values import Pointer, Value, Var
 from codegen.vecmath import round_to_int
 
@@ -123,20 +122,18 @@ def pack_queries(
     """
     lanes, slabs = k.target.lanes, codes.slabs(width, block_rows)
     vectors, slab = micro(k, block_rows, codes.terms).vectors, slabs[0][1]
-    group = vectors * lanes
+    group, inverses = vectors * lanes, k.stack(f32, lanes)
     with k.loop(0, round_up(n_rows, group), lanes) as first:
         sources = [row(k.minimum(first + i, n_rows - 1)) for i in range(lanes)]
         place = first // group * (group * codes.terms * slab // 2) + first % group
         with k.loop(0, len(slabs)) as s:
             to = packed.at(s * (block_rows * codes.terms * slab // 2) + place)
-            inverses = []
-            for i, source in enumerate(sources):
-                scale = query_scale(k, source.at(s * slab), slab, codes)
-                scales.at(s * block_rows + first)[i] = scale
-                inverses.append(inverse_of(k, scale))
+            scale = query_scale(k, *row_bounds(k, sources, s * slab, slab), slab, codes)
+            scales.at(s * block_rows + first).store(scale)
+            inverses.store(inverse_of(k, scale))
             with k.loop(0, slab, 2 * lanes) as column:
                 rows = []
-                for source, inverse in zip(sources, inverses, strict=True):
+                for source, inverse in zip(sources, spread(inverses, lanes), strict=True):
                     at = source.at(s * slab + column)
                     both = [at.at(j).load(f32 * lanes) for j in (0, lanes)]
                     rows.append(query_pairs(k, both, inverse, codes.terms, codes.finer(slab)))
@@ -146,21 +143,18 @@ def pack_queries(
                         at.store(v)
 
 
-def query_scale(k: Kernel, x: Pointer, width: int, codes: Codes) -> Value:
-    """The least scale with which a slab's codes keep within the budget and i16; NaN if x has one.
+def query_scale(k: Kernel, top: Value, total: Value, width: int, codes: Codes) -> Value:
+    """The least scale with which a slab's codes keep within the budget and i16; NaN if `total` is.
 
     Rounding adds at most half a code per column.
     """
-    lanes = k.target.lanes
-    total, top = k.var(k.zeros(f32 * lanes)), k.var(k.zeros(f32 * lanes))
-    with k.loop(0, width, lanes) as column:
-        v = k.absolute(x.at(column).load(f32 * lanes))
-        total += v
-        top.set(k.maximum(v, top.get()))
-    return k.maximum(
-        tree(k, [top.get()], "max") * (1 / (LARGEST_CODE - 1)),
-        tree(k, [total.get()], "add") * (1.0001 / (codes.budget - width)),
-    )
+    by_sum = total * (1.0001 / (codes.budget - width))
+    return k.maximum(top * (1 / (LARGEST_CODE - 1)), by_sum)
+
+
+def spread(numbers: Pointer, lanes: int) -> list[Value]:
+    """`lanes` numbers from memory, each one in all lanes of a vector."""
+    return [numbers.k.splat(numbers[i], lanes) for i in range(lanes)]
 
 
 def multiply_keys(
@@ -177,12 +171,14 @@ def multiply_keys(
     pitch: int,
     block_rows: int,
     first: bool,
+    ask: Callable[[Value, Value], None],
 ) -> None:
     """s[key][row] += scale[row] * sum over a slab's columns of keys[key][column] * q[row][column];
     of the `first` slab, s = that.
 
     `packed` and `keys`, whose rows are `pitch` codes apart, start at the slab's first column. Whole
-    register tiles are computed: keys past `n_keys` give numbers that nobody reads.
+    register tiles are computed: keys past `n_keys` give numbers that nobody reads. `ask(key, pair)`
+    is called in between, to ask for memory needed later.
     """
     m, lanes = micro(k, block_rows, codes.terms), k.target.lanes
     group, n_vectors = m.vectors * lanes, m.vectors * codes.terms
@@ -192,6 +188,7 @@ def multiply_keys(
             q, start = packed.at(row * (codes.terms * width // 2)), keys.at(key * pitch).cast(i32)
             # Not unrolled: LLVM would take the dot products of a chain apart to shorten it.
             with k.loop(0, width // 2) as pair:
+                ask(key, pair)
                 at = q.at(pair * (codes.terms * group))
                 vectors = [at.at(v * lanes).load(i32 * lanes) for v in range(n_vectors)]
                 for i, acc in enumerate(sums):

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from codegen.dtypes import DType, f32, i8, i32, u8, u32
+from codegen.dtypes import DType, f32, i8, i16, i32, u8, u32
 from codegen.kernel import kernel, ptr, value
 from codegen.values import Pointer, Value
 
 if TYPE_CHECKING:
     from codegen.builder import Kernel
 
-OPERATIONS = ("int8", "bf16", "f32")
+OPERATIONS = ("int8", "bf16", "f32")  # those of bench --roof; kernels for "int16" are there, too
 
 
 def accumulators(registers: int) -> int:
@@ -25,7 +25,7 @@ def accumulators(registers: int) -> int:
 
 def multiply_adds(what: str, lanes: int, registers: int) -> int:
     """Multiply-adds of one round of `peak` on one thread."""
-    per_lane = {"int8": 4, "bf16": 2, "f32": 1}[what]
+    per_lane = {"int8": 4, "int16": 2, "bf16": 2, "f32": 1}[what]
     return accumulators(registers) * lanes * per_lane
 
 
@@ -37,13 +37,15 @@ def peak(k: Kernel, out: Pointer, seed: Pointer, rounds: Value, *, what: str) ->
     several instructions would be computed once, and only their sums be left to measure.
     """
     n = k.target.lanes
-    sum_type = i32 if what == "int8" else f32
+    sum_type = i32 if what in ("int8", "int16") else f32
     accs = [k.var(k.zeros(sum_type * n)) for _ in range(accumulators(k.target.registers))]
     a, b = _operands(k, seed, what)
     with k.loop(0, rounds):
         for acc in accs:
             if what == "int8":
                 acc.set(k.dot_i8(acc.get(), a, acc.get().bits_as(b.type)))
+            elif what == "int16":
+                acc.set(k.target.dot_i16(k, acc.get(), a, acc.get().bits_as(b.type)))
             elif what == "bf16":
                 acc.set(k.target.dot_bf16(k, acc.get(), a, b))
             else:
@@ -59,6 +61,8 @@ def _operands(k: Kernel, seed: Pointer, what: str) -> tuple[Value, Value]:
     types: tuple[DType, DType]
     if what == "int8":
         types = (k.target.weight_type * (4 * n), i8 * (4 * n))
+    elif what == "int16":
+        types = (i16 * (2 * n), i16 * (2 * n))
     elif what == "bf16":
         types = (u32 * n, u32 * n)
     else:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from codegen.dtypes import f32
 from codegen.values import Pointer, Value, Var
+from codegen.vecmath import transpose_max, transpose_sum
 
 if TYPE_CHECKING:
     from codegen.builder import Kernel
@@ -51,6 +52,26 @@ def transpose(k: Kernel, rows: list[Value]) -> list[Value]:
             out[i], out[i + distance] = k.shuffle(a, b, low), k.shuffle(a, b, high)
         distance //= 2
     return out
+
+
+def row_bounds(
+    k: Kernel, rows: list[Pointer], start: Value | int, width: int
+) -> tuple[Value, Value]:
+    """(largest magnitudes, sums of magnitudes) of `width` columns of as many rows as lanes, one per
+    lane. The sum of a row with a NaN is NaN."""
+    lanes, at_once = k.target.lanes, max(1, k.target.lanes // 2)
+    tops, totals = [], []
+    for first in range(0, lanes, at_once):  # half of them: the sums stay in registers
+        part = rows[first : first + at_once]
+        both = [(k.var(k.zeros(f32 * lanes)), k.var(k.zeros(f32 * lanes))) for _ in part]
+        with k.loop(0, width, lanes) as column:
+            for row, (top, total) in zip(part, both, strict=True):
+                v = k.absolute(row.at(start).at(column).load(f32 * lanes))
+                top.set(k.maximum(v, top.get()))
+                total += v
+        tops += [top.get() for top, _ in both]
+        totals += [total.get() for _, total in both]
+    return transpose_max(k, tops), transpose_sum(k, totals)
 
 
 @dataclass(frozen=True)
