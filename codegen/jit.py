@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import ctypes
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any, Protocol
 
 import llvmlite
 from llvmlite import binding as llvm
 
+from codegen.compilers import Compilers, helpers_worth
 from codegen.kernel import KernelSpec
 from codegen.targets import Host, choose
 from codegen.targets.base import Target
@@ -48,11 +50,19 @@ def version() -> str:
 
 
 def target_machine(target: Target) -> Any:
+    return machine_for(**_machine_words(target))
+
+
+def _machine_words(target: Target) -> dict[str, str]:
+    return {"triple": target.triple, "cpu": target.cpu, "features": target.features}
+
+
+def machine_for(*, triple: str, cpu: str, features: str) -> Any:
     llvm.initialize_all_targets()
     llvm.initialize_all_asmprinters()
-    made = llvm.Target.from_triple(target.triple)
+    made = llvm.Target.from_triple(triple)
     return made.create_target_machine(
-        cpu=target.cpu, features=target.features, opt=3, reloc="static", codemodel="large"
+        cpu=cpu, features=features, opt=3, reloc="static", codemodel="large"
     )
 
 
@@ -78,11 +88,12 @@ def assembly(spec: KernelSpec, target: Target) -> str:
 class Jit:
     """Compiles kernels for one target and keeps them loaded as long as the process lives.
 
-    `compiled` and `loaded` count what came from LLVM and what came from the store.
+    `compiled` and `loaded` count what came from LLVM and what came from the store. Up to
+    `n_processes` compile at once.
     """
 
-    def __init__(self, target: Target, store: Store | None = None) -> None:
-        self.target, self.store = target, store
+    def __init__(self, target: Target, store: Store | None = None, n_processes: int = 1) -> None:
+        self.target, self.store, self.n_processes = target, store, n_processes
         self.compiled = self.loaded = 0
         self._machine = target_machine(target)
         self._lljit = llvm.create_lljit_compiler(self._machine)
@@ -91,35 +102,62 @@ class Jit:
 
     def load(self, spec: KernelSpec) -> tuple[int, int]:
         """(address, number of tile counters) of a kernel, compiled on first use."""
-        known = self._known.get(spec)
-        if known is None:
-            known = self._known[spec] = self._link(spec, *self._object(spec))
-        return known
+        if spec not in self._known:
+            self.load_all([spec])
+        return self._known[spec]
+
+    def load_all(self, specs: Iterable[KernelSpec]) -> None:
+        """Load kernels; those that must be compiled are shared among the processes."""
+        missing: dict[str, KernelSpec] = {}
+        for spec in dict.fromkeys(specs):
+            if spec in self._known:
+                continue
+            stored = self.store.get(spec.key(self.target, version())) if self.store else None
+            if stored is None:
+                missing[spec.symbol] = spec
+            else:
+                self._link(spec, stored[1:], stored[0])
+                self.loaded += 1
+        for name, (payload, n_counters) in self._compile(missing).items():
+            self._link(missing[name], payload, n_counters)
+            self.compiled += 1
+            if self.store:
+                key = missing[name].key(self.target, version())
+                self.store.put(key, bytes([n_counters]) + payload)
 
     def function(self, spec: KernelSpec) -> Callable[[Any, Any, int], None]:
         """The kernel as a Python callable (args, job, thread); it releases the GIL."""
         return _NATIVE(self.load(spec)[0])
 
-    def _object(self, spec: KernelSpec) -> tuple[bytes, int]:
-        key = spec.key(self.target, version())
-        stored = self.store.get(key) if self.store else None
-        if stored is not None:
-            self.loaded += 1
-            return stored[1:], stored[0]
-        text, n_counters = spec.build(self.target)
-        check_symbols(text)
-        payload = self._machine.emit_object(optimise(text, self._machine))
-        self.compiled += 1
-        if self.store:
-            self.store.put(key, bytes([n_counters]) + payload)
-        return payload, n_counters
+    def _compile(self, specs: Mapping[str, KernelSpec]) -> dict[str, tuple[bytes, int]]:
+        """(object code, number of tile counters) by symbol."""
+        n_counters: dict[str, int] = {}
 
-    def _link(self, spec: KernelSpec, payload: bytes, n_counters: int) -> tuple[int, int]:
+        def texts() -> Iterator[tuple[str, str]]:
+            for symbol, spec in specs.items():
+                text, n_counters[symbol] = spec.build(self.target)
+                check_symbols(text)
+                yield symbol, text
+
+        def compile_one(text: str) -> bytes:
+            payload: bytes = self._machine.emit_object(optimise(text, self._machine))
+            return payload
+
+        compilers = Compilers(
+            machine=_machine_words(self.target),
+            folders=[str(Path(path).parent.parent) for path in (__file__, llvmlite.__file__)],
+            compile_one=compile_one,
+            n=helpers_worth(len(specs), self.n_processes),
+        )
+        payloads = compilers.compile(texts())
+        return {symbol: (payload, n_counters[symbol]) for symbol, payload in payloads.items()}
+
+    def _link(self, spec: KernelSpec, payload: bytes, n_counters: int) -> None:
         builder = llvm.JITLibraryBuilder().add_object_img(payload)
         builder.export_symbol(spec.symbol).add_current_process()
         tracker = builder.link(self._lljit, spec.symbol)
         self._trackers.append(tracker)
-        return tracker[spec.symbol], n_counters
+        self._known[spec] = tracker[spec.symbol], n_counters
 
 
 def check_symbols(ir_text: str) -> None:

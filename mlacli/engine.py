@@ -21,6 +21,7 @@ from mlacli.errors import UsageError
 from mlacli.fit import check_plan
 from mlacli.gguf.reader import GGUFFile, open_gguf
 from mlacli.graph.node import Dim, Node
+from mlacli.graph.ops import lower_graph
 from mlacli.graph.program import Memory, Program
 from mlacli.memory import allocate, copy_of
 from mlacli.model.choose import FEW_TOKENS, MachineProfile, chooser
@@ -207,6 +208,13 @@ class Engine:
         if not repack(weights, wanted, self._jit, self.pool, huge=huge, progress=progress):
             self.pool.clear_cancel()
             raise Cancelled
+
+    def prepare(self, *names: str) -> None:
+        """Have these programs ready before they are timed, their kernels compiled together."""
+        planned = [self.plan.graphs[name] for name in names]
+        self._jit.load_all(launch.spec for p in planned for launch in lower_graph(p.lower, p.graph))
+        for name in names:
+            self.program(name)
 
     def program(self, name: str) -> Program:
         """One of the context's programs, compiled on first use."""

@@ -28,6 +28,7 @@ from codegen.kernels import roof
 from codegen.pool import Pool
 from codegen.targets.base import Target
 from mlacli.calibrate import measure_profile
+from mlacli.cpu_count import available_cpus
 from mlacli.debug import ENV
 from mlacli.errors import UsageError
 from mlacli.memory import allocate, mostly_huge
@@ -60,7 +61,7 @@ def make_jit() -> Jit:
     """The compiler for `this_target` with the object cache. Raises UsageError."""
     target = this_target()
     folder = ENV.cache_dir
-    return Jit(target, ObjectCache(folder / "objects") if folder else None)
+    return Jit(target, ObjectCache(folder / "objects") if folder else None, available_cpus())
 
 
 class Roof:

@@ -157,8 +157,7 @@ def run_prompt(
         f"generate: n_ctx = {engine.n_ctx}, n_batch = {settings.n_batch}, "
         f"n_predict = {request.n_predict}"
     )
-    engine.program(engine.graph_name(min(len(tokens), settings.n_ubatch)))
-    engine.program(engine.graph_name(1))
+    engine.prepare(engine.graph_name(min(len(tokens), settings.n_ubatch)), engine.graph_name(1))
     timings.load = time.perf_counter() - timings.started
     profiles = Profiles() if profile else None
     answerer = Answerer(engine, tokenizer, sampler, request, write, timings, profiles)

@@ -30,8 +30,9 @@ LEVELS = (
     ("codegen",),
 )
 LLVMLITE = {"codegen/builder.py", "codegen/jit.py"}
-# The template child is a process of its own: stdout is the pipe that takes its result back.
-PRINTS = ("mlacli/cli/", "mlacli/__main__.py", "mlacli/text/template_child.py")
+# Children are processes of their own: stdout is the pipe that takes their results back.
+CHILDREN = ("mlacli/text/template_child.py", "codegen/compile_child.py")
+PRINTS = ("mlacli/cli/", "mlacli/__main__.py", *CHILDREN)
 UNSAFE_MODULES = {"pickle", "marshal", "shelve", "dill", "cloudpickle"}
 UNSAFE_CALLS = {"eval", "exec", "compile", "__import__"}
 # jinja2.Environment runs whatever a model file's template says.

@@ -39,6 +39,7 @@ class Program:
         self._plan, self._memory, self._bounds = plan, memory, lower.bounds
         launches = lower_graph(lower, graph)
         self.nodes = tuple(launch.node for launch in launches)  # of each row of the table
+        jit.load_all(launch.spec for launch in launches)
         kernels = [jit.load(launch.spec) for launch in launches]
         slots = [len(launch.operands) + 1 for launch in launches]
         self._args = aligned_words(sum(slots))

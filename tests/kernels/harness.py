@@ -57,12 +57,11 @@ each_target = pytest.mark.parametrize("target", host_targets(), ids=lambda targe
 class CheckedJit(jit.Jit):
     """Refuses object code that needs a symbol off the list: LLVM may add calls of its own."""
 
-    def _object(self, spec: KernelSpec) -> tuple[bytes, int]:
-        payload, n_counters = super()._object(spec)
+    def _link(self, spec: KernelSpec, payload: bytes, n_counters: int) -> None:
         strange = undefined_symbols(payload) - jit.EXTERNAL_SYMBOLS
         if strange:
             raise GuardFailure(f"{spec.symbol} on {self.target.name} calls {sorted(strange)}")
-        return payload, n_counters
+        super()._link(spec, payload, n_counters)
 
 
 @cache
