@@ -265,6 +265,10 @@ class Kernel:
             return self.intrinsic(f"llvm.fabs.{mangled(a.type)}", a.type, a)
         return self.maximum(a, -a)
 
+    def fused(self, a: Value, b: Value, c: Value) -> Value:
+        """a * b + c, rounded once. Only where the target `fuses`."""
+        return self.intrinsic(f"llvm.fma.{mangled(a.type)}", a.type, a, b, c)
+
     def sqrt(self, a: Value) -> Value:
         return self.intrinsic(f"llvm.sqrt.{mangled(a.type)}", a.type, a)
 

@@ -1,15 +1,22 @@
 """Quantised activations ("a8"): what the integer matmuls multiply weights with.
 
-One row per token (or per token and head): codes i8[n] | d f32[n / 32] | s i32[n / 32], padded to 64
-bytes. For each block of 32 values d = max|x| / 127, codes = round(x / d), and s is what the
-target's unsigned weights add too much: -weight_bias * sum(codes).
+One row per token (or per token and head): codes i8[n] | d f32[n / 32] | start i32[n / 32] | offset
+f32[n / 32], padded to 64 bytes. For each block of 32 values d = max|x| / 127 with its last two bits
+zero, and codes = round(x / d).
+
+An integer sum that begins at `start` is made f32 and multiplied with d in one instruction. start is
+the bits of the f32 number MAGIC = 1.5 * 2^23, less weight_bias * sum(codes), which the target's
+unsigned weights add too much. MAGIC counts ones in its last bit: bits + dot are those of MAGIC + dot.
+With offset = -MAGIC * d, which is exact as d has 22 bits,
+
+    dot * d = (MAGIC + dot) * d + offset,   rounded once; |dot| <= 32 * 127 * 128 < 2^22.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from codegen.dtypes import f32, i8, i32, u8
+from codegen.dtypes import f32, i8, i32, u8, u32
 from codegen.kernel import dim, kernel, ptr
 from codegen.kernels.blocks import BLOCK
 from codegen.kernels.encode import eight_bit, inverse_of, largest_bits
@@ -20,22 +27,20 @@ if TYPE_CHECKING:
     from codegen.builder import Kernel
 
 LINE = 64
+MAGIC, MAGIC_BITS = 1.5 * 2.0**23, 0x4B400000
+D_BITS = 0xFFFFFFFC
 
 
 def row_bytes(n: int) -> int:
     """Bytes from one a8 row of n values to the next. Raises ValueError unless 32 divides n."""
     if n % BLOCK:
         raise ValueError(f"a row of {n} values is not a multiple of {BLOCK}")
-    return -(-(n + 8 * (n // BLOCK)) // LINE) * LINE
+    return -(-(n + 12 * (n // BLOCK)) // LINE) * LINE
 
 
 def scales_offset(n: int) -> int:
-    """Byte offset of d in a row of n values; s follows at `sums_offset`."""
+    """Byte offset of d in a row of n values; start and offset follow."""
     return n
-
-
-def sums_offset(n: int) -> int:
-    return n + 4 * (n // BLOCK)
 
 
 @kernel(y=ptr(u8), x=ptr(f32), n_tokens=dim())
@@ -60,15 +65,33 @@ def quantize(
         source = x.at(token * token_stride + i * row_stride + offset)
         target = y.bytes(row * row_bytes(n))
         with k.loop(0, n // BLOCK) as block:
-            d, codes, total = quantize_block(k, vectors(k, source.at(block * BLOCK), BLOCK))
-            for j, code in enumerate(codes):
-                target.bytes(block * BLOCK + j * k.target.lanes, i8).store(code.to(i8))
-            target.bytes(scales_offset(n), f32)[block] = d
-            target.bytes(sums_offset(n), i32)[block] = total * -k.target.weight_bias
+            store_codes(k, target, n, block, vectors(k, source.at(block * BLOCK), BLOCK))
 
 
-def quantize_block(k: Kernel, x: list[Value]) -> tuple[Value, list[Value], Value]:
-    """(d, codes as i32 vectors, sum of the codes) of 32 values."""
+def store_codes(k: Kernel, row: Pointer, n: int, block: Value, x: list[Value]) -> None:
+    """Write 32 values as a block of a row of n."""
     d = largest_bits(k, x).bits_as(f32) / 127.0
+    d = (d.bits_as(u32) & D_BITS).bits_as(f32)
     codes = eight_bit(k, x, inverse_of(k, d))
-    return d, codes, tree(k, codes, "add")
+    for j, code in enumerate(codes):
+        row.bytes(block * BLOCK + j * k.target.lanes, i8).store(code.to(i8))
+    place = row.bytes(scales_offset(n), f32)
+    place[block] = d
+    too_much = tree(k, codes, "add") * k.target.weight_bias
+    place.at(n // BLOCK).cast(i32)[block] = k.const(MAGIC_BITS, i32) - too_much
+    place.at(2 * (n // BLOCK))[block] = d * -MAGIC
+
+
+def load_start(row: Pointer, n: int, block: Value) -> Value:
+    """What the integer sum of a block begins at, in every lane."""
+    at = row.bytes(scales_offset(n), i32).at(n // BLOCK)
+    return at.k.splat(at.at(block).load(), at.k.target.lanes)
+
+
+def scaled(total: Value, row: Pointer, n: int, block: Value) -> Value:
+    """dot * d of a block in f32, of integer sums that began at `load_start`."""
+    k, lanes = total.k, total.type.lanes
+    at = row.bytes(scales_offset(n), f32).at(block)
+    d, offset = (k.splat(at.at(i * (n // BLOCK)).load(), lanes) for i in (0, 2))
+    bits = total.bits_as(f32 * lanes)
+    return k.fused(bits, d, offset) if k.target.fuses else (bits - MAGIC) * d

@@ -11,10 +11,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from codegen.dtypes import f32, i8, i32, i64, u8
+from codegen.dtypes import f32, i64, u8
 from codegen.formats import BlockFormat
 from codegen.kernel import dim, kernel, ptr
-from codegen.kernels.activations import quantize_block, row_bytes, scales_offset, sums_offset
+from codegen.kernels.activations import row_bytes, store_codes
 from codegen.kernels.blocks import BLOCK, load_block
 from codegen.kernels.matmul import store_rows
 from codegen.kernels.panel import Rows, multiply_rows, panel_rows
@@ -66,11 +66,7 @@ def latent_rows(
             if not part.fmt.integer_dot:
                 store_vectors(target.cast(f32).at(block * BLOCK), values)
             else:
-                d, codes, total = quantize_block(k, values)
-                for j, code in enumerate(codes):
-                    target.bytes(block * BLOCK + j * k.target.lanes, i8).store(code.to(i8))
-                target.bytes(scales_offset(n), f32)[block] = d
-                target.bytes(sums_offset(n), i32)[block] = total * -k.target.weight_bias
+                store_codes(k, target, n, block, values)
 
 
 def expand_heads(

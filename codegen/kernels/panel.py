@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from codegen.dtypes import f32, i8, i32, i64
 from codegen.formats import BlockFormat
+from codegen.kernels.activations import load_start, scaled
 from codegen.kernels.blocks import BLOCK
 from codegen.kernels.interleave import COLUMNS, GROUPS
 from codegen.kernels.panel_decode import (
@@ -134,17 +135,14 @@ def _multiply_codes(
 
     Columns are the outer loop, so that all sums advance side by side and hide each other's latency.
     """
-    k, n, n_blocks = panel.k, panel.k.target.lanes, panel.n_cols // BLOCK
+    k, n = panel.k, panel.k.target.lanes
     weight_type, columns = k.target.weight_type * (COLUMNS * n), range(vectors(k.target))
     with k.loop(0, part.count) as i:
         ask(TILE_LINES)
         b, codes, accs = part.first + i, panel.codes(i), []
         for row in rows:
             k.prefetch(row.bytes(x_pitch * len(rows)).bytes(b * BLOCK), L1)  # the next tile's
-            start = k.zeros(i32 * n)
-            if k.target.weight_bias:
-                start = k.splat(row.bytes(panel.n_cols + 4 * n_blocks, i32).at(b).load(), n)
-            accs.append([start for _ in columns])
+            accs.append([load_start(row, panel.n_cols, b) for _ in columns])
         for g in range(GROUPS):
             at = codes.at(COLUMNS * panel.n_rows * g)
             weights = [at.at(COLUMNS * n * v).load(weight_type) for v in columns]
@@ -155,9 +153,8 @@ def _multiply_codes(
                     acc[v] = k.dot_i8(acc[v], weights[v], spread)
         scales = [panel.scales(i).at(v * n).load(f32 * n) for v in columns]
         for row, acc, total in zip(rows, accs, sums, strict=True):
-            x_scale = row.bytes(panel.n_cols, f32).at(b).load()
             for v in columns:
-                total[v] += acc[v].to(f32) * (scales[v] * x_scale)
+                total[v] += scaled(acc[v], row, panel.n_cols, b) * scales[v]
 
 
 def _multiply_floats(

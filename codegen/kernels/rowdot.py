@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from codegen.dtypes import f32, i8, i32, i64
 from codegen.formats import BlockFormat
 from codegen.kernels import repacked
+from codegen.kernels.activations import load_start, scaled
 from codegen.kernels.blocks import BLOCK, block_at, load_block
 from codegen.kernels.interleave import COLUMNS, code_dwords, unpack_codes
 from codegen.kernels.spread import (
@@ -97,28 +98,24 @@ def _group_dots(k: Kernel, fmt: BlockFormat, rows: Stream, x: Inputs) -> Callabl
 
         def meet(t: Value) -> None:
             place, x_row = totals.at(t * n), x.row(t)
-            dot, x_scale = block_dot(k, groups, x_row, b, n_blocks)
-            place.store(place.load(f32 * n) + dot.to(f32) * (scale * x_scale))
+            dot = block_dot(k, groups, x_row, b, x.n_cols)
+            place.store(place.load(f32 * n) + dot * scale)
 
         _each(k, x.count, meet)
     return lambda t: totals.at(t * n).load(f32 * n)
 
 
-def block_dot(
-    k: Kernel, groups: list[Value], x: Pointer, b: Value, n_blocks: int
-) -> tuple[Value, Value]:
-    """(exact dot of each row's block b with the token's, the token's scale)."""
+def block_dot(k: Kernel, groups: list[Value], x: Pointer, b: Value, n_cols: int) -> Value:
+    """Each row's block b times the token's codes, exact, times the token's scale."""
     n, codes = k.target.lanes, x.bytes(b * BLOCK, i32)
-    parts = [k.zeros(i32 * n)] * CHAINS
-    if k.target.weight_bias:
-        parts[0] = k.splat(x.bytes(n_blocks * (BLOCK + 4), i32).at(b).load(), n)
+    parts = [load_start(x, n_cols, b), *[k.zeros(i32 * n)] * (CHAINS - 1)]
     for g, weights in enumerate(groups):
         spread = k.splat(codes.bytes(COLUMNS * g).load(), n).bits_as(i8 * (COLUMNS * n))
         parts[g % CHAINS] = k.dot_i8(parts[g % CHAINS], weights, spread)
     dot = parts[0]
     for part in parts[1:]:
         dot = dot + part
-    return dot, x.bytes(n_blocks * BLOCK, f32).at(b).load()
+    return scaled(dot, x, n_cols, b)
 
 
 # -- row by row -----------------------------------------------------------------------------------

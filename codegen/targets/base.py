@@ -19,6 +19,7 @@ class Target:
 
     `unsigned_weights`: `dot_i8` wants its first operand as u8 = value + 128, and the caller then
     subtracts 128 times the sum of the codes. Otherwise both operands are signed.
+    `fuses`: a * b + c rounded once is an instruction.
     """
 
     name: str
@@ -28,6 +29,7 @@ class Target:
     lanes: int
     registers: int
     unsigned_weights: bool = False
+    fuses: bool = True
     cache_line: int = 64
     l1_bytes: int = 32 * 1024
     l2_bytes: int = 1024 * 1024

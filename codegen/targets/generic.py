@@ -6,4 +6,4 @@ from codegen.targets.base import Target
 
 
 def generic(triple: str, cpu: str = "", features: str = "") -> Target:
-    return Target("generic", triple, cpu, features, lanes=4, registers=16)
+    return Target("generic", triple, cpu, features, lanes=4, registers=16, fuses=False)

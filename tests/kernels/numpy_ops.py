@@ -10,29 +10,36 @@ from numpy.typing import NDArray
 from codegen.kernels.router import Routing
 
 Array = NDArray[Any]
+MAGIC = np.float32(1.5 * 2**23)
 
 
 def split_a8(rows: Array, n: int) -> tuple[Array, Array, Array]:
-    """(codes i8 [rows, n], d f32 [rows, n / 32], s i32 [rows, n / 32]) of a8 rows (bytes)."""
-    blocks = n // 32
+    """(codes i8 [rows, n], d f32 [rows, n / 32], s i32 [rows, n / 32]) of a8 rows (bytes), where
+    s = start - the bits of MAGIC."""
+    size = 4 * (n // 32)
     codes = np.ascontiguousarray(rows[:, :n]).view(np.int8)
-    d = np.ascontiguousarray(rows[:, n : n + 4 * blocks]).view(np.float32)
-    s = np.ascontiguousarray(rows[:, n + 4 * blocks : n + 8 * blocks]).view(np.int32)
-    return codes, d, s
+    d, start, offset = (
+        np.ascontiguousarray(rows[:, n + i * size : n + (i + 1) * size]) for i in range(3)
+    )
+    np.testing.assert_array_equal(offset.view(np.float32), d.view(np.float32) * -MAGIC)
+    return codes, d.view(np.float32), start.view(np.int32) - MAGIC.view(np.int32)
 
 
 def join_a8(codes: Array, d: Array, s: Array, pitch: int) -> Array:
     """a8 rows (bytes), padding zero."""
     rows = np.zeros((len(codes), pitch), np.uint8)
-    packed = np.concatenate([part.view(np.uint8) for part in (codes, d, s)], axis=1)
+    parts = (codes, d, s + MAGIC.view(np.int32), d * -MAGIC)
+    packed = np.concatenate([part.view(np.uint8) for part in parts], axis=1)
     rows[:, : packed.shape[1]] = packed
     return rows
 
 
 def quantize(x: Array, weight_bias: int) -> tuple[Array, Array, Array]:
-    """(codes, d, s) of f32 rows: d = max|x| / 127 over 32 values, codes = round(x / d)."""
+    """(codes, d, s) of f32 rows: d = max|x| / 127 over 32 values without its last two bits,
+    codes = round(x / d)."""
     blocks = x.reshape(len(x), -1, 32)
     d = np.abs(blocks).max(axis=-1) / np.float32(127)
+    d = (d.view(np.uint32) & np.uint32(0xFFFFFFFC)).view(np.float32)
     with np.errstate(divide="ignore", over="ignore"):
         inverse = np.float32(1) / d
     inverse = np.where(np.isfinite(inverse), inverse, np.float32(0))

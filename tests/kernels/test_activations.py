@@ -31,7 +31,7 @@ def check(rows: np.ndarray, x: np.ndarray, weight_bias: int) -> None:
 
 
 def test_row_bytes() -> None:
-    assert row_bytes(32) == 64 and row_bytes(2048) == 2048 + 512 and row_bytes(576) == 768
+    assert row_bytes(32) == 64 and row_bytes(2048) == 2048 + 768 and row_bytes(576) == 832
     with pytest.raises(ValueError, match="33"):
         row_bytes(33)
 
@@ -47,7 +47,7 @@ def test_dense(target: Any, n_tokens: int, n: int) -> None:
 
     rows = assert_threads_agree(quantize(n=n), target, make, ["y"])["y"]
     check(rows, x, target.weight_bias)
-    padding = {"y": np.arange(row_bytes(n)) >= n + 8 * (n // 32)}
+    padding = {"y": np.arange(row_bytes(n)) >= n + 12 * (n // 32)}
     guarded = run_guarded(
         quantize(n=n), target, make(), outputs=["y"], padding=padding, n_threads=2
     )
@@ -63,7 +63,7 @@ def test_part_of_each_head(target: Any) -> None:
     spec = quantize(n=128, rows_per_token=heads, row_stride=width, offset=offset)
     part = np.ascontiguousarray(q[..., offset:]).reshape(-1, 128)
     args: dict[str, Any] = {"y": rows_of(part), "x": q, "n_tokens": n_tokens}
-    padding = {"y": np.arange(row_bytes(128)) >= 160}
+    padding = {"y": np.arange(row_bytes(128)) >= 128 + 3 * 16}
     check(
         run_guarded(spec, target, args, outputs=["y"], padding=padding)["y"],
         part,
@@ -93,7 +93,7 @@ def test_any_strides(
         n=n, rows_per_token=rows, token_stride=token_stride, row_stride=row_stride, offset=offset
     )
     args: dict[str, Any] = {"y": rows_of(part), "x": x, "n_tokens": n_tokens}
-    padding = {"y": np.arange(row_bytes(n)) >= n + 8 * (n // 32)}
+    padding = {"y": np.arange(row_bytes(n)) >= n + 12 * (n // 32)}
     found = run_guarded(spec, target, args, outputs=["y"], padding=padding, n_threads=n_threads)[
         "y"
     ]
