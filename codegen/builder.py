@@ -397,11 +397,13 @@ class Kernel:
         n = self.const(n, i64)
         return (n * self.thread) // self.n_threads, (n * (self.thread + 1)) // self.n_threads
 
-    def counter(self) -> Pointer:
-        """A shared tile counter; the program zeroes all counters before each step."""
+    def counter(self, count: int = 1) -> Pointer:
+        """Shared tile counters, one after another, on cache lines of their own; the program zeroes
+        all counters before each step."""
         address = self.load_pointer(self.args.at(self.n_slots), i64)
-        self.n_counters += 1
-        return address.at((self.n_counters - 1) * job_layout.LINE_WORDS)
+        line = self.n_counters
+        self.n_counters += -(-count // job_layout.LINE_WORDS)
+        return address.at(line * job_layout.LINE_WORDS)
 
     @contextmanager
     def tiles(self, n: Any, counter: Pointer | None = None) -> Iterator[Value]:

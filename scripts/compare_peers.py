@@ -154,7 +154,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     rows = []
     for test in all_cases(options.p, options.n, options.d):
         rows.append(row(test, compare(engines, options.model, test, options.rounds)))
-        print(f"{test.name} done", file=sys.stderr)
+        print(*(f"{n}: {c}" for n, c in zip(header(engines), rows[-1], strict=True)), sep=", ",
+              file=sys.stderr)  # fmt: skip
     print(tabulate(rows, headers=header(engines), tablefmt="github", disable_numparse=True))
     return 0
 

@@ -6,7 +6,7 @@ zero, and codes = round(x / d).
 
 An integer sum that begins at `start` is made f32 and multiplied with d in one instruction. start is
 the bits of the f32 number MAGIC = 1.5 * 2^23, less weight_bias * sum(codes), which the target's
-unsigned weights add too much. MAGIC counts ones in its last bit: bits + dot are those of MAGIC + dot.
+unsigned weights add too much. MAGIC counts ones in its last bit: its bits + dot are MAGIC + dot.
 With offset = -MAGIC * d, which is exact as d has 22 bits,
 
     dot * d = (MAGIC + dot) * d + offset,   rounded once; |dot| <= 32 * 127 * 128 < 2^22.

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 FAR_BYTES, NEAR_BYTES = 16384, 4096
 L1, L2 = 3, 2
 TILE_BYTES, MAX_GROUPS = 36864, 16  # what a thread takes at a time: long enough a walk
+SHARES, CLAIM = 32, 4
 
 
 @dataclass(frozen=True)
@@ -50,16 +51,58 @@ def ask(k: Kernel, far: Pointer, near: Pointer, at: Value, n_bytes: int) -> None
 
 @contextmanager
 def tiles_ahead(k: Kernel, n: Any) -> Iterator[tuple[Value, Value]]:
-    """Tiles of range(n) as `k.tiles` hands them out, each with the one this thread has after it;
-    behind the last tile that is the last one again. So what comes next can be asked for."""
-    counter, n = k.counter(), k.const(n, i64)
-    tile = k.var(k.fetch_add(counter, 1))
-    with k.when((tile.get() < n) & k.cancelled().eq(0)):
+    """Tiles of range(n), each with the one this thread has after it, so that what comes next can be
+    asked for; behind the last tile that is the last one again.
+
+    Each thread has a part of the range to itself and helps with the others' when it is done. So it
+    walks on in memory, as prefetchers expect: whatever they bring too early is used.
+    """
+    shares = _Shares(k, k.const(n, i64))
+    tile = k.var(shares.take())
+    with k.when((tile.get() < shares.n) & k.cancelled().eq(0)):
         with k.repeat_while() as go_on:
-            following = k.fetch_add(counter, 1)
-            yield tile.get(), k.minimum(following, n - 1)
+            following = shares.take()
+            yield tile.get(), k.select(following < shares.n, following, tile.get())
             tile.set(following)
-            go_on((following < n) & k.cancelled().eq(0))
+            go_on((following < shares.n) & k.cancelled().eq(0))
+
+
+class _Shares:
+    """range(n) in a part per thread; above SHARES threads, some have one together.
+
+    Numbers are claimed a quarter of what is left of a part at a time: an atomic addition waits for
+    all loads before it, which costs as much as a few hundred bytes of a stream.
+    """
+
+    def __init__(self, k: Kernel, n: Value) -> None:
+        self.k, self.n = k, n
+        self.count = k.minimum(k.n_threads, SHARES)
+        self.counters = k.counter(SHARES)
+        self.done, self.next, self.stop = (k.var(k.const(0, i64)) for _ in range(3))
+
+    def take(self) -> Value:
+        """The next number, of this thread's part if there is one left; n when there is none."""
+        k, found = self.k, self.k.var(self.n)
+        with k.when((self.next.get() >= self.stop.get()) & (self.done.get() < self.count)):
+            self._claim()
+        with k.when(self.next.get() < self.stop.get()):
+            found.set(self.next.get())
+            self.next.set(found.get() + 1)
+        return found.get()
+
+    def _claim(self) -> None:
+        k = self.k
+        with k.repeat_while() as go_on:
+            part = (k.thread + self.done.get()) % self.count
+            first, counter = part * self.n // self.count, self.counters.at(part)
+            size = (part + 1) * self.n // self.count - first
+            count = k.maximum((size - k.load_atomic(counter)) // CLAIM, 1)
+            claimed = k.fetch_add(counter, count)
+            self.next.set(first + claimed)
+            self.stop.set(first + k.minimum(claimed + count, size))
+            is_empty = claimed >= size
+            self.done.set(k.select(is_empty, self.done.get() + 1, self.done.get()))
+            go_on(is_empty & (self.done.get() < self.count))
 
 
 def tile_rows(k: Kernel, pitch: int) -> int:
