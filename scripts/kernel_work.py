@@ -18,7 +18,7 @@ from codegen.call import aligned_bytes
 from codegen.formats import CACHE_FORMATS, WEIGHT_FORMATS, BlockFormat
 from codegen.kernel import KernelSpec
 from codegen.kernels import attention, matmul, moe, moe_few
-from codegen.kernels.activations import row_bytes
+from codegen.kernels.activations import MAGIC, MAGIC_BITS, row_bytes
 from codegen.kernels.blocks import BLOCK
 from codegen.kernels.panel import panel_bytes
 from codegen.targets.base import Target
@@ -106,7 +106,9 @@ def inputs(case: Case, n_rows: int) -> Array:
     rows = aligned_bytes(n_rows * pitch)
     shaped = rows.reshape(n_rows, pitch)
     shaped[:, :n] = np.arange(n) % 100
-    shaped[:, n : n + n // 8].view(np.float32)[:] = 0.01
+    d, start, offset = (shaped[:, n + i * n // 8 : n + (i + 1) * n // 8] for i in range(3))
+    d.view(np.float32)[:], offset.view(np.float32)[:] = 0.5, -0.5 * MAGIC
+    start.view(np.int32)[:] = MAGIC_BITS
     return rows
 
 
