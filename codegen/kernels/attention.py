@@ -16,6 +16,7 @@ With few tokens the cells are split so that all threads have work, and the parts
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -54,6 +55,7 @@ if TYPE_CHECKING:
 WORD = 4
 
 
+@functools.cache
 def flash_scratch_bytes(
     n_tokens_max: int,
     n_kv_max: int,

@@ -9,6 +9,7 @@ at barriers between the parts of a chunk: the next part reads what all of them w
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -60,6 +61,7 @@ def rows_per_chunk(chunk_bytes: int, n_head: int, n_nope: int, n_value: int, n_c
     return max(ROW_STEP, min(fitting, -(-n_ctx // ROW_STEP) * ROW_STEP))
 
 
+@functools.cache
 def layout(
     target: Target,
     expanded: Expanded,
