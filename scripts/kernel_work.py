@@ -187,7 +187,7 @@ def experts(case: Case, target: Target, n_threads: int) -> Work:
     ids, offsets, order = routing(case.n_tokens)
     few, gated = case.maker.endswith("_vec"), "up_gate" in case.maker
     n_slots, n_read = ids.size, len(np.unique(ids))
-    by_token = few and "down" not in case.maker
+    by_token = few and case.label != "down"
     sizes: dict[str, Any] = {"n_rows": case.n_rows, "n_cols": case.n_cols}
     sizes |= {"fmt_gate": case.fmt, "fmt_up": case.fmt} if gated else {"fmt": case.fmt}
     down = "down" in case.maker
@@ -200,7 +200,7 @@ def experts(case: Case, target: Target, n_threads: int) -> Work:
         sizes["n_used"] = N_USED
         in_turn["ids"] = [routing(case.n_tokens, seed)[0] for seed in range(64)]
         if case.maker == "moe_matmul_vec":
-            sizes["per_slot"] = False
+            sizes["per_slot"] = not by_token
     else:
         arguments["offsets"] = offsets
         sizes["n_expert"] = N_EXPERT
@@ -266,7 +266,7 @@ MAKERS: dict[str, Maker] = {
     "flash_absorbed": flash,
     "flash_standard": flash,
     **{f"moe_{name}": experts for name in ("up_gate", "matmul", "down")},
-    **{f"moe_{name}_vec": experts for name in ("up_gate", "matmul", "down")},
+    **{f"moe_{name}_vec": experts for name in ("up_gate", "matmul")},
 }
 
 
@@ -293,7 +293,7 @@ def cases(shrink: int) -> Iterator[Case]:
         yield Case("up_gate_vec", "shexp", fmt, n(2816), 2048)
         yield Case("moe_up_gate_vec", "exps", fmt, n(1408), 2048, 1, N_EXPERT)
         yield Case("moe_matmul_vec", "exps", fmt, n(1408), 2048, 1, N_EXPERT)
-        yield Case("moe_down_vec", "exps", fmt, n(2048), 1408, 1, N_EXPERT)
+        yield Case("moe_matmul_vec", "down", fmt, n(2048), 1408, 1, N_EXPERT)
     for fmt in formats:
         for tokens in (5, 16, 48, 512):
             yield Case("matmul", "shexp", fmt, n(2816), 2048, tokens)

@@ -1,8 +1,10 @@
 """Mixture of experts for few tokens, and the pair up + gate of a dense layer.
 
-    hidden = silu(W_gate x) * (W_up x),   y += weight * W_down hidden
+    hidden = silu(W_gate x) * (W_up x),   z = W_down hidden
 
-Rows of weights are streamed per slot (token * n_used + rank) by the experts' ids, not sorted.
+Rows of weights are streamed per slot (token * n_used + rank) by the experts' ids, not sorted. What
+the experts give is weighted and added up by router.moe_sum: a kernel that did all of it would walk
+from expert to expert every few rows.
 """
 
 from __future__ import annotations
@@ -15,9 +17,9 @@ from codegen.dtypes import f32, i32, i64, u8
 from codegen.formats import BlockFormat
 from codegen.kernel import dim, kernel, ptr
 from codegen.kernels.gated import Matrix, gated
-from codegen.kernels.matmul import load_rows, store_rows
+from codegen.kernels.matmul import store_rows
 from codegen.kernels.rowdot import Store, few_dots
-from codegen.kernels.spread import Activations, Held, Inputs, Take, activations
+from codegen.kernels.spread import Activations, Inputs, Take, activations
 from codegen.kernels.stream import Stream, group_size, tile_rows, tiles_ahead
 from codegen.values import Pointer, Value
 
@@ -187,59 +189,3 @@ def moe_matmul_vec(
         row = slot if per_slot else slot // n_used
         take = rows_of(held, x.bytes(row * experts.x_pitch), row)
         group_product(k, experts.expert(expert), first, following, take, 1, store)
-
-
-@kernel(y=ptr(f32), w=ptr(u8), x=ptr(u8), ids=ptr(i32), weights=ptr(f32), n_tokens=dim())
-def moe_down_vec(
-    k: Kernel,
-    y: Pointer,
-    w: Pointer,
-    x: Pointer,
-    ids: Pointer,
-    weights: Pointer,
-    n_tokens: Value,
-    *,
-    n_rows: int,
-    n_cols: int,
-    fmt: BlockFormat,
-    n_used: int,
-) -> None:
-    """y[token] += sum over its slots, best first, of weight * (w_e x[slot])."""
-    experts, n = Matrix(w, fmt, n_rows, n_cols), k.target.lanes
-    parts, step = tile_count(k, experts), tile_rows(k, experts.pitch)
-
-    def of_slot(slot: Value, row: Value) -> Pointer:
-        """A row of the slot's expert; some row if the slot is dropped."""
-        return experts.expert(k.maximum(ids[slot].to(i64), 0)).row(row)
-
-    held = activations(k, (fmt,), n_cols, experts.x_pitch, capacity=n_used)
-    with tiles_ahead(k, n_tokens * parts) as (tile, next_tile):
-        token, start = tile // parts, tile % parts * step
-        next_part = of_slot(next_tile // parts * n_used, next_tile % parts * step)
-        rows = held.hold(token, x.bytes(token * n_used * held.pitch), n_used)
-        last_slot = (token + 1) * n_used - 1
-        with k.loop(token * n_used, last_slot + 1) as slot:
-            expert = ids[slot].to(i64)
-            next_slot = of_slot(k.minimum(slot + 1, last_slot), start)
-            after = k.select_pointer(slot.eq(last_slot), next_part, next_slot)
-            with k.when(expert >= 0), row_groups(k, start, experts) as (first, is_last):
-                matrix = experts.expert(expert)
-                following = k.select_pointer(is_last, after, matrix.row(first + n))
-                place, weight = y.at(token * n_rows + first), weights[slot]
-
-                def store(
-                    t: Value, total: Value, place: Pointer = place, weight: Value = weight,
-                    first: Value = first,
-                ) -> None:  # fmt: skip
-                    added = load_rows(k, place, total.type, first, n_rows) + total * weight
-                    store_rows(k, place, added, first, n_rows)
-
-                rank = slot - token * n_used
-
-                def take(
-                    fmt: BlockFormat, _: Value, count: Value | int, rank: Value = rank,
-                    rows: Held = rows,
-                ) -> Inputs:  # fmt: skip
-                    return rows.inputs(fmt, rank, count)
-
-                group_product(k, matrix, first, following, take, 1, store)

@@ -125,17 +125,6 @@ def _moe_down(lower: Lower, node: Node) -> list[Launch]:
     m: Matrix = w.attrs["matrix"]
     routing = tables[-1]
     n_used = lower.size(routing, -1)
-    if lower.few:
-        spec = moe_few.moe_down_vec(**_sizes(w), fmt=m.fmt, n_used=n_used)
-        operands: tuple[Operand, ...] = (
-            At(node),
-            At(w),
-            At(x),
-            _ids(routing),
-            _weights(lower, routing),
-            lower.tokens(node),
-        )
-        return [Launch(node, spec, operands)]
     groups = tables[0]
     spec = moe.moe_down(
         **_sizes(w),

@@ -53,26 +53,29 @@ def experts(b: Builder, layer: int, h: Node, x: Node) -> Node:
         name = f"ffn_moe_rows-{layer}"
         act = g.add("gather_rows", act.dtype, (*slots, c.n_embd), act, groups, name=name)
         tables = (groups, routing)
-    shape = (*slots, gate.shape[1])
-    if b.options.fmoe:
-        name = f"ffn_moe_act-{layer}"
-        hidden = g.add("moe_up_gate", "f32", shape, gate, up, act, tables[0], name=name)
-        hidden = b.activations(hidden, down)
-        name, inplace = f"ffn_moe_out-{layer}", 2 + len(tables)
+    hidden = b.activations(_gated(b, layer, gate, up, act, tables[0]), down)
+    out = f"ffn_moe_out-{layer}"
+    if b.options.fmoe and not b.options.few:
+        inplace = 2 + len(tables)
         return g.add(
-            "moe_down", "f32", x.shape, down, hidden, *tables, x, name=name, inplace=inplace
+            "moe_down", "f32", x.shape, down, hidden, *tables, x, name=out, inplace=inplace
         )
-    gated = g.add("moe_matmul", "f32", shape, gate, act, tables[0], name=f"ffn_moe_gate-{layer}")
-    raised = g.add("moe_matmul", "f32", shape, up, act, tables[0], name=f"ffn_moe_up-{layer}")
-    name = f"ffn_moe_silu-{layer}"
-    hidden = g.add("silu_mul", "f32", shape, gated, raised, name=name, inplace=0)
-    hidden = b.activations(hidden, down)
     wide, name = (*slots, c.n_embd), f"ffn_moe_down-{layer}"
     z = g.add("moe_matmul", "f32", wide, down, hidden, tables[0], name=name)
     if b.options.few:  # rows lie by slot, not sorted
         tables = (b.input("slot_index", "i32", *slots), routing)
-    name = f"ffn_moe_out-{layer}"
-    return g.add("moe_sum", "f32", x.shape, z, *tables, x, name=name, inplace=3)
+    return g.add("moe_sum", "f32", x.shape, z, *tables, x, name=out, inplace=3)
+
+
+def _gated(b: Builder, layer: int, gate: Node, up: Node, act: Node, table: Node) -> Node:
+    """silu(gate x) * (up x) of each slot's expert: one op with -fmoe, else three."""
+    g, shape = b.graph, (*table.shape[:2], gate.shape[1])
+    if b.options.fmoe:
+        return g.add("moe_up_gate", "f32", shape, gate, up, act, table, name=f"ffn_moe_act-{layer}")
+    gated = g.add("moe_matmul", "f32", shape, gate, act, table, name=f"ffn_moe_gate-{layer}")
+    raised = g.add("moe_matmul", "f32", shape, up, act, table, name=f"ffn_moe_up-{layer}")
+    name = f"ffn_moe_silu-{layer}"
+    return g.add("silu_mul", "f32", shape, gated, raised, name=name, inplace=0)
 
 
 def _gate_and_up(b: Builder, blk: str, suffix: str) -> tuple[Node, Node]:

@@ -25,7 +25,6 @@ from tests.kernels.test_moe import (
     Layer,
     Run,
     check_harder,
-    few_down,
     few_gate,
     few_matmul,
     prompt_down,
@@ -151,7 +150,6 @@ def runs(layer: Layer) -> list[Run]:
         few_gate(layer, by_token),
         few_matmul(layer, layer.up, by_token, per_slot=False),
         few_matmul(layer, layer.gate, by_slot, per_slot=True),
-        few_down(layer, by_slot, start),
     ]
 
 

@@ -143,23 +143,26 @@ def test_up_and_gate_of_experts(target: Target) -> None:
 
 @each_target
 def test_down_of_experts(target: Target) -> None:
-    """y[token] += weight * (w_e x[slot]), for few tokens and for many."""
+    """z[slot] = w_e x[slot] for few tokens, y[token] += weight * (w_e x[slot]) for many."""
     fmt = FORMATS[-1]
     w, values = weights(fmt, N_EXPERT * N_ROWS, N_COLS)
     offsets, order, _ = numpy_ops.group_tokens(IDS, N_EXPERT)
     factors, x = np.float32(2.0) ** -np.arange(IDS.size, dtype=np.float32), normal(12, N_COLS)
-    weighted = slots(values, x) * factors[:, None]
-    expected = 1 + weighted.reshape(len(IDS), N_USED, N_ROWS).sum(axis=1)
+    products = slots(values, x)
+    weighted = (products * factors[:, None]).reshape(len(IDS), N_USED, N_ROWS)
     room, room_bytes = scratch(target, fmt, N_COLS)
     sizes = SIZES | {"fmt": fmt, "n_used": N_USED}
-    few = moe_few.moe_down_vec(**sizes)
+    few = moe_few.moe_matmul_vec(**sizes, per_slot=True)
     many = moe.moe_down(**sizes, n_expert=N_EXPERT, scratch_bytes=room_bytes)
-    tables: dict[str, Any] = {"ids": IDS, "n_tokens": len(IDS)}
-    groups: dict[str, Any] = {"offsets": offsets, "order": order, "scratch": room}
-    for spec, rows, extra in ((few, x, tables), (many, x[order], groups)):
-        y = np.ones((len(IDS), N_ROWS), np.float32)
-        args = {"y": y, "w": w, "x": raw(rows), "weights": factors}
-        run_kernel(spec, target, args | extra, n_threads=2)
+    tables: dict[str, Any] = {"x": raw(x), "ids": IDS, "n_tokens": len(IDS)}
+    groups: dict[str, Any] = {"x": raw(x[order]), "offsets": offsets, "order": order}
+    groups |= {"weights": factors, "scratch": room}
+    for spec, expected, args in (
+        (few, products, tables),
+        (many, 1 + weighted.sum(axis=1), groups),
+    ):
+        y = np.ones(expected.shape, np.float32)
+        run_kernel(spec, target, args | {"y": y, "w": w}, n_threads=2)
         assert_near(y, expected)
 
 
