@@ -6,11 +6,15 @@ A row of the table, for one length of prompt:
     flips    tokens for which a router chose other experts than in the float64 forward
     same     NMSE, per-token median and 99th percentile against a float64 forward that takes the
              experts that the engine took, so that flips do not count as errors
+    kl       mean KL divergence of the predicted distributions from those of the float64 forward
     own      what storing the cache in its type costs by itself: the median of a float64 forward
              whose cache is rounded to the type
 
     python scripts/accuracy.py --preset tiny-v3 --length 1,33,700 [--type F32] [--mla 0,1,2,3]
-        [--fa 1,0] [--cache f32,f16,...] [--ubatch 1,7,32,512] [--threads 2]
+        [--fa 1,0] [--cache f32,f16,...] [--ubatch 1,7,32,512] [--threads 2] [-rtr]
+    python scripts/accuracy.py --model mlacli/data/demo.gguf --text README.md --length 500
+
+The prompt is random tokens, or the start of a text.
 """
 
 from __future__ import annotations
@@ -33,12 +37,14 @@ import numpy.typing as npt
 
 from codegen.formats import CACHE_FORMATS, LATENT_CACHE_TYPES, BlockFormat
 from codegen.pool import Pool
-from mlacli.engine import Engine, load_model
+from mlacli.engine import Engine, Model, load_model
 from mlacli.errors import UsageError
 from mlacli.gguf.quants import dequantise, quantise
 from mlacli.machine import make_jit
 from mlacli.model.choose import MachineProfile
 from mlacli.settings import RunSettings, fitted
+from mlacli.text.tokenizer import Tokenizer
+from mlacli.text.vocabulary import tokenizer_data
 from scripts.make_model import make_model
 from tests import reference
 from tests.engines import logits_and_experts, routing_names
@@ -66,6 +72,7 @@ class Row:
     same_nmse: float
     same_median: float
     same_p99: float
+    kl: float
     own: float | None
     over: str
 
@@ -159,6 +166,7 @@ def settings_grid(path: Path, given: argparse.Namespace, n_ctx: int) -> Iterator
                 type_v=cache if v_can else "f16",
                 n_ubatch=min(ubatch, n_ctx),
                 n_threads=given.threads,
+                rtr=given.rtr,
             )
         except UsageError as problem:
             print(f"skipped: {problem}", file=sys.stderr)
@@ -188,6 +196,7 @@ def compare(engine: Engine, oracle: Oracle, is_f32: bool) -> Row:
         same_nmse=reference.nmse(got, same),
         same_median=median,
         same_p99=float(np.quantile(each, 0.99)),
+        kl=float(np.mean(reference.kl_divergence(got, oracle.exact.logits))),
         own=own,
         over="OVER" if is_f32 and median > LIMITS.get(s.type_k, np.inf) else "",
     )
@@ -197,7 +206,7 @@ def measure(path: Path, given: argparse.Namespace) -> Iterator[Row]:
     """All rows of a model: an engine per setting, which evaluates every length."""
     model, jit = load_model(path), make_jit()
     pool = Pool(jit, given.threads)
-    tokens = np.random.default_rng(7).integers(0, model.config.n_vocab, max(given.length)).tolist()
+    tokens = prompt(model, given)
     f64 = reference.load(path)
     oracles = [Oracle(f64, tokens[:n]) for n in given.length]
     for settings in settings_grid(path, given, max(given.length) + 1):
@@ -212,8 +221,21 @@ def measure(path: Path, given: argparse.Namespace) -> Iterator[Row]:
             keep=routing_names(model.config),
         )
         for oracle in oracles:
-            yield compare(engine, oracle, given.type == "F32")
+            yield compare(engine, oracle, given.model is None and given.type == "F32")
     pool.close()
+
+
+def prompt(model: Model, given: argparse.Namespace) -> list[int]:
+    """As many tokens as the longest length. Raises SystemExit when the text is shorter."""
+    n, n_vocab = max(given.length), model.config.n_vocab
+    if given.text is None:
+        found: list[int] = np.random.default_rng(7).integers(0, n_vocab, n).tolist()
+        return found
+    tokenizer = Tokenizer(tokenizer_data(model.file.metadata, str(given.model)), n_vocab)
+    tokens = list(tokenizer.encode_bytes(given.text.read_bytes()))
+    if len(tokens) < n:
+        raise SystemExit(f"{given.text}: {len(tokens)} tokens, fewer than --length {n}")
+    return tokens[:n]
 
 
 def numbers(text: str) -> list[int]:
@@ -224,7 +246,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--preset", default="tiny-v3")
     parser.add_argument("--model", type=Path, help="instead of a preset")
-    parser.add_argument("--type", default="F32", help="of the weights")
+    parser.add_argument("--text", type=Path, help="whose tokens are the prompt")
+    parser.add_argument("--type", default="F32", help="of the preset's weights")
     parser.add_argument("--kv-b", default="joint")
     parser.add_argument("--length", type=numbers, default=[700])
     parser.add_argument("--mla", type=numbers, default=[0, 1, 2, 3])
@@ -232,6 +255,7 @@ def main() -> None:
     parser.add_argument("--cache", type=lambda s: s.split(","), default=list(LATENT_CACHE_TYPES))
     parser.add_argument("--ubatch", type=numbers, default=[1, 7, 32, 512])
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("-rtr", action="store_true", help="interleaved weights")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         path = given.model or Path(folder) / "model.gguf"

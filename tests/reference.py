@@ -363,6 +363,17 @@ def nmse(actual: NDArray[Any], expected: NDArray[Any]) -> float:
     return float(np.sum(error * error) / np.sum(wanted * wanted))
 
 
+def kl_divergence(actual: NDArray[Any], expected: NDArray[Any]) -> Array:
+    """(n_tokens,) sum over the vocabulary of p log(p / q), p = softmax(expected), q = of actual."""
+    p, q = (_log_softmax(np.asarray(x, dtype=np.float64)) for x in (expected, actual))
+    return np.asarray(np.sum(np.exp(p) * (p - q), axis=-1))
+
+
+def _log_softmax(x: Array) -> Array:
+    shifted = x - x.max(axis=-1, keepdims=True)
+    return np.asarray(shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True)))
+
+
 def per_token_nmse(actual: NDArray[Any], expected: NDArray[Any]) -> Array:
     """(n_tokens,) `nmse` of each row, for the median and the percentiles."""
     wanted = np.asarray(expected, dtype=np.float64)
