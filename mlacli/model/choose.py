@@ -22,7 +22,7 @@ from mlacli.settings import RunSettings
 
 CHUNK_MIB = 32
 DEFAULT_THRESHOLD = 128  # tokens; of -mla 2
-FEW_TOKENS = 4  # up to here a batch counts as generation
+FEW_TOKENS = 2  # more than this meet weights as a batch: streaming rows once per token costs more
 MIB = 2**20
 NEVER = 2**31 - 1
 

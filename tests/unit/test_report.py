@@ -82,7 +82,7 @@ def test_bytes_per_token(v2_lite: Model, v3: Model) -> None:
 def test_graphs_are_those_of_the_plan(v2_lite: Model) -> None:
     report = reported(v2_lite, n_threads=2)
     assert [(g.name, g.n_tokens_max) for g in report.graphs] == [
-        ("few", 4),
+        ("few", 2),
         ("absorbed", 512),
         ("expanded", 512),
     ]
