@@ -261,7 +261,7 @@ def main() -> None:
         path = given.model or Path(folder) / "model.gguf"
         if given.model is None:
             make_model(path, preset=given.preset, type=given.type, kv_b=given.kv_b)
-        print(f"{given.model or given.preset} {given.type}")
+        print(given.model or f"{given.preset} {given.type}")
         print(Row.head(), flush=True)
         over = 0
         for row in measure(path, given):
