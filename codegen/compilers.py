@@ -9,6 +9,7 @@ else: this process compiles what is left.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import queue
 import subprocess
@@ -41,6 +42,7 @@ class Compilers:
     compile_one: Callable[[str], bytes]
     n: int
     _texts: queue.PriorityQueue[tuple[int, str, str]] = field(default_factory=queue.PriorityQueue)
+    notes: list[str] = field(default_factory=list)
     _done: dict[str, bytes] = field(default_factory=dict)
     _all_built: threading.Event = field(default_factory=threading.Event)
 
@@ -77,16 +79,24 @@ class Compilers:
             self._done[task[1]] = self.compile_one(task[2])
 
     def _feed_helper(self) -> None:
-        """A helper's thread: hands it one text after another until none is left to come."""
-        with contextlib.suppress(OSError), self._start() as helper:  # it cannot start, or died
-            while not (self._all_built.is_set() and self._texts.empty()):
-                try:
-                    task = self._texts.get(timeout=_POLL_SECONDS)
-                except queue.Empty:
-                    continue
-                if not self._ask(helper, task):
-                    self._texts.put(task)
-                    return
+        """A helper's thread: notes what is wrong with it, as the work is done without it."""
+        try:
+            with self._start() as helper:
+                self._feed(helper)
+        except OSError as problem:
+            why = problem.strerror or type(problem).__name__
+            self.notes.append(f"a helper process for compiling failed: {why}")
+
+    def _feed(self, helper: subprocess.Popen[bytes]) -> None:
+        """Hands it one text after another until none is left to come. Raises BrokenPipeError."""
+        while not (self._all_built.is_set() and self._texts.empty()):
+            try:
+                task = self._texts.get(timeout=_POLL_SECONDS)
+            except queue.Empty:
+                continue
+            if not self._ask(helper, task):
+                self._texts.put(task)
+                raise BrokenPipeError(errno.EPIPE, "it ended early")
 
     def _ask(self, helper: subprocess.Popen[bytes], task: tuple[int, str, str]) -> bool:
         assert helper.stdin is not None and helper.stdout is not None

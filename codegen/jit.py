@@ -27,7 +27,9 @@ _NATIVE = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int6
 
 
 class Store(Protocol):
-    """Where object code is kept between runs."""
+    """Where object code is kept between runs; `notes` say why it is not."""
+
+    notes: list[str]
 
     def get(self, key: str) -> bytes | None: ...
     def put(self, key: str, payload: bytes) -> None: ...
@@ -98,7 +100,13 @@ class Jit:
         self._machine = target_machine(target)
         self._lljit = llvm.create_lljit_compiler(self._machine)
         self._known: dict[KernelSpec, tuple[int, int]] = {}
+        self._notes: list[str] = []
         self._trackers: list[Any] = []
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What did not go as it should, but does no harm."""
+        return (*(self.store.notes if self.store else ()), *self._notes)
 
     def load(self, spec: KernelSpec) -> tuple[int, int]:
         """(address, number of tile counters) of a kernel, compiled on first use."""
@@ -150,6 +158,7 @@ class Jit:
             n=helpers_worth(len(specs), self.n_processes),
         )
         payloads = compilers.compile(texts())
+        self._notes += compilers.notes
         return {symbol: (payload, n_counters[symbol]) for symbol, payload in payloads.items()}
 
     def _link(self, spec: KernelSpec, payload: bytes, n_counters: int) -> None:

@@ -39,6 +39,11 @@ class EngineRunner:
     _engine: tuple[RunSettings, Engine] | None = None
     _models: dict[tuple[Path, bool, bool, bool], Model] = field(default_factory=dict)
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the compiler had to say."""
+        return self._jit.notes if self._jit else ()
+
     def __call__(self, case: BenchCase) -> BenchResult:
         """Run a case. Raises MlaError, and Interrupted on Ctrl-C."""
         engine = self._engine_for(case.settings)

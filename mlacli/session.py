@@ -158,6 +158,8 @@ def run_prompt(
         f"n_predict = {request.n_predict}"
     )
     engine.prepare(engine.graph_name(min(len(tokens), settings.n_ubatch)), engine.graph_name(1))
+    for line in jit.notes:
+        note(f"note: {line}")
     timings.load = time.perf_counter() - timings.started
     profiles = Profiles() if profile else None
     answerer = Answerer(engine, tokenizer, sampler, request, write, timings, profiles)

@@ -54,6 +54,18 @@ def test_raw_completion_goes_on_with_the_text() -> None:
     assert done.stdout.strip()
 
 
+@pytest.mark.parametrize("words", [("run", "-n", "1"), ("bench", "-n", "0", "-r", "1")], ids=str)
+def test_an_object_cache_that_cannot_be_used_is_said(
+    words: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "mlacli").mkdir()
+    (tmp_path / "mlacli" / "objects").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    done = mlacli(*words, "-p", "4")
+    assert done.returncode == 0
+    assert len(re.findall("note: object cache .*objects cannot be made", done.stderr)) == 1
+
+
 def test_seeded_sampling_repeats_itself() -> None:
     words = ("run", "-p", "What is math.sqrt?", "-s", "42", "--temp", "1.2", "-n", "24")
     assert mlacli(*words).stdout == mlacli(*words).stdout

@@ -117,6 +117,8 @@ def bench(
             for line in row.result.profile if row.result else ():
                 console.note(line)
     finally:  # what was measured is shown even when the rest is stopped
+        for line in runner.notes:
+            console.note(f"note: {line}")
         if rows:
             console.write(format(rows, roof))
     return int(any(row.error for row in rows))

@@ -69,13 +69,17 @@ def test_helpers_make_the_same_object_code(expected: dict[str, bytes]) -> None:
 def test_a_helper_that_dies_loses_nothing(expected: dict[str, bytes]) -> None:
     """With nothing to import from, it ends at once."""
     here = Counted()
-    assert compilers(here, 2, folders=("/nonexistent",)).compile(TEXTS) == expected
+    group = compilers(here, 2, folders=("/nonexistent",))
+    assert group.compile(TEXTS) == expected
     assert here.calls == len(TEXTS)
+    assert all("helper process for compiling failed" in note for note in group.notes)
 
 
 def test_no_more_processes(expected: dict[str, bytes], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "executable", "/nonexistent/python")
-    assert compilers(Counted(), 2).compile(TEXTS) == expected
+    group = compilers(Counted(), 2)
+    assert group.compile(TEXTS) == expected
+    assert len(group.notes) == 2 and "No such file" in group.notes[0]
 
 
 @pytest.mark.parametrize("n", [0, 2])
