@@ -231,6 +231,8 @@ def test_sql_is_read_by_sqlite() -> None:
 
 def _bench(monkeypatch: pytest.MonkeyPatch, broken: Callable[[BenchCase], bool]) -> None:
     class EngineRunner:
+        notes = ("the object cache is cold",)
+
         def __init__(self, *, repetitions: int, warmup: bool, **flags: bool) -> None:
             self.samples = (10**9,) * repetitions
             assert warmup and flags.keys() == {"roof", "profile", "verbose"}
