@@ -12,7 +12,7 @@ import sys
 
 def main() -> None:
     sys.path[:0] = sys.argv[1:]
-    from codegen.frames import read_frame, write_frame
+    from codegen.child import read_frame, write_frame
     from codegen.jit import machine_for, optimise
 
     source, sink = sys.stdin.buffer, sys.stdout.buffer

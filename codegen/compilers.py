@@ -13,13 +13,12 @@ import errno
 import json
 import queue
 import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from codegen.frames import read_frame, write_frame
+from codegen.child import read_frame, start_child, write_frame
 
 PER_HELPER = 4  # kernels that pay for starting one
 MAX_HELPERS = 7
@@ -110,15 +109,7 @@ class Compilers:
         return True
 
     def _start(self) -> subprocess.Popen[bytes]:
-        helper = subprocess.Popen(
-            [sys.executable, "-I", "-S", str(_CHILD), *self.folders],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            env={},
-            cwd="/",
-            start_new_session=True,  # Ctrl-C is for the program, not for its helpers
-        )
+        helper = start_child(_CHILD, self.folders)
         assert helper.stdin is not None
         write_frame(helper.stdin, json.dumps(self.machine).encode())
         return helper

@@ -116,21 +116,23 @@ class Jit:
 
     def load_all(self, specs: Iterable[KernelSpec]) -> None:
         """Load kernels; those that must be compiled are shared among the processes."""
-        missing: dict[str, KernelSpec] = {}
+        missing: dict[str, tuple[KernelSpec, str]] = {}  # by symbol: with the store's key
         for spec in dict.fromkeys(specs):
             if spec in self._known:
                 continue
-            stored = self.store.get(spec.key(self.target, version())) if self.store else None
+            key = spec.key(self.target, version())
+            stored = self.store.get(key) if self.store else None
             if stored is None:
-                missing[spec.symbol] = spec
+                missing[spec.symbol] = spec, key
             else:
                 self._link(spec, stored[1:], stored[0])
                 self.loaded += 1
-        for name, (payload, n_counters) in self._compile(missing).items():
-            self._link(missing[name], payload, n_counters)
+        compiled = self._compile({symbol: spec for symbol, (spec, _) in missing.items()})
+        for symbol, (payload, n_counters) in compiled.items():
+            spec, key = missing[symbol]
+            self._link(spec, payload, n_counters)
             self.compiled += 1
             if self.store:
-                key = missing[name].key(self.target, version())
                 self.store.put(key, bytes([n_counters]) + payload)
 
     def function(self, spec: KernelSpec) -> Callable[[Any, Any, int], None]:

@@ -211,21 +211,19 @@ class Engine:
 
     def prepare(self, *names: str) -> None:
         """Have these programs ready before they are timed, their kernels compiled together."""
-        planned = [self.plan.graphs[name] for name in names]
-        self._jit.load_all(launch.spec for p in planned for launch in lower_graph(p.lower, p.graph))
-        for name in names:
-            self.program(name)
+        self.repack()
+        planned = {name: self.plan.graphs[name] for name in names if name not in self._programs}
+        launches = {name: lower_graph(p.lower, p.graph) for name, p in planned.items()}
+        self._jit.load_all(launch.spec for each in launches.values() for launch in each)
+        dims = {d: self._dims.ctypes.data + 8 * i for i, d in enumerate(Dim)}
+        memory = Memory(self._arena.ctypes.data, self._outside, dims)
+        for name, p in planned.items():
+            self._programs[name] = Program(launches[name], p.plan, p.lower, memory, self._jit)
 
     def program(self, name: str) -> Program:
         """One of the context's programs, compiled on first use."""
         if name not in self._programs:
-            self.repack()
-            planned = self.plan.graphs[name]
-            dims = {d: self._dims.ctypes.data + 8 * i for i, d in enumerate(Dim)}
-            memory = Memory(self._arena.ctypes.data, self._outside, dims)
-            self._programs[name] = Program(
-                planned.graph, planned.plan, planned.lower, memory, self._jit
-            )
+            self.prepare(name)
         return self._programs[name]
 
     def _outside(self, node: Node) -> int:

@@ -221,7 +221,7 @@ def experts(case: Case, target: Target, n_threads: int) -> Work:
 def flash(case: Case, target: Target, n_threads: int) -> Work:
     """The last tokens of n_rows cached ones attend to them: flash_absorbed or flash_standard."""
     absorbed, n_kv, n_head = case.maker == "flash_absorbed", case.n_rows, case.n_mats
-    d_k, d_v = (case.n_cols, 512) if absorbed else (case.n_cols, 128)
+    d_k, d_v = case.n_cols, 512 if absorbed else 128
     sizes: dict[str, Any] = {"n_head": n_head, "d_k": d_k, "d_v": d_v}
     sizes["kind"] = attention.ABSORBED if absorbed else attention.STANDARD
     fmt, n_tokens, heads = case.fmt, case.n_tokens, 1 if absorbed else n_head

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from codegen.builder import Kernel
 
 ABSORBED, STANDARD = "absorbed", "standard"
+Turn = Callable[["Kernel", list[Value]], list[Value]]  # puts columns into another order
 FEW = 4  # batches bounded by so many tokens mostly have one: blocks are made for that
 TILE_KEYS = 48  # a multiple of every target's register tile
 FIRST_MAX = -1e30  # not -infinity, so that no difference of infinities arises
@@ -266,6 +267,17 @@ def copy_row(k: Kernel, source: Pointer, to: Pointer, width: int, factor: Any = 
     lanes = k.target.lanes
     with k.loop(0, width, lanes) as i:
         to.at(i).store(source.at(i).load(f32 * lanes) * factor)
+
+
+def move_row(
+    k: Kernel, source: Pointer, to: Pointer, width: int, turn: Turn, count: int, factor: Any = 1.0
+) -> None:
+    """The same, `count` vectors at a time, their columns put into another order by `turn`."""
+    lanes = k.target.lanes
+    with k.loop(0, width, count * lanes) as i:
+        parts = [source.at(i + j * lanes).load(f32 * lanes) * factor for j in range(count)]
+        for j, v in enumerate(turn(k, parts)):
+            to.at(i + j * lanes).store(v)
 
 
 def clear(k: Kernel, to: Pointer, words: Value, value: float = 0.0) -> None:

@@ -13,7 +13,15 @@ from typing import TYPE_CHECKING
 from codegen.dtypes import f32, i8, i32, i64, u8
 from codegen.formats import Q8_KV
 from codegen.kernels import byte_tile
-from codegen.kernels.attention_block import LINE_WORDS, Ahead, Block, Caches, Sizes, thread_arrays
+from codegen.kernels.attention_block import (
+    LINE_WORDS,
+    Ahead,
+    Block,
+    Caches,
+    Sizes,
+    move_row,
+    thread_arrays,
+)
 from codegen.kernels.attention_weights import CodeState, Limits, softmax_tile
 from codegen.targets.base import Target
 from codegen.values import Pointer, Value
@@ -96,11 +104,7 @@ class ByteSizes(Sizes):
 
     def close_row(self, k: Kernel, o: Pointer, to: Pointer, factor: Value | float) -> None:
         """to = o * factor, its columns in order."""
-        lanes = k.target.lanes
-        with k.loop(0, self.d_v, 4 * lanes) as i:
-            parts = [o.at(i + j * lanes).load(f32 * lanes) * factor for j in range(4)]
-            for j, v in enumerate(byte_tile.in_order(k, parts)):
-                to.at(i + j * lanes).store(v)
+        move_row(k, o, to, self.d_v, byte_tile.in_order, 4, factor)
 
 
 def suits_bytes(target: Target, sizes: Sizes, caches: tuple[object, object]) -> bool:

@@ -22,6 +22,7 @@ from codegen.kernels.attention_block import (
     Block,
     Caches,
     Sizes,
+    move_row,
     thread_arrays,
 )
 from codegen.kernels.attention_weights import CodeState, Limits, softmax_tile
@@ -112,11 +113,11 @@ class CodeSizes(Sizes):
 
     def close_row(self, k: Kernel, o: Pointer, to: Pointer, factor: Value | float) -> None:
         """to = o * factor, its columns in order."""
-        move_row(k, o, to, self.d_v, code_tile.in_order, factor)
+        move_row(k, o, to, self.d_v, code_tile.in_order, 2, factor)
 
     def reopen_row(self, k: Kernel, source: Pointer, o: Pointer) -> None:
         """o = source, its columns in the order of interleaved values."""
-        move_row(k, source, o, self.d_v, code_tile.out_of_order, 1.0)
+        move_row(k, source, o, self.d_v, code_tile.out_of_order, 2)
 
 
 @dataclass(frozen=True)
@@ -279,18 +280,3 @@ def value_tile(
             w.weight_scale, n_rows, (n_keys + 1) // 2, d_v=sizes.d_v, block_rows=sizes.block_rows,
             pairs_per_sum=sizes.codes_v.keys_per_sum(TILE_KEYS) // 2,
         )  # fmt: skip
-
-
-def move_row(
-    k: Kernel,
-    source: Pointer,
-    to: Pointer,
-    width: int,
-    turn: Callable[[Kernel, Value, Value], tuple[Value, Value]],
-    factor: Value | float,
-) -> None:
-    lanes = k.target.lanes
-    with k.loop(0, width, 2 * lanes) as i:
-        both = [source.at(i + j).load(f32 * lanes) * factor for j in (0, lanes)]
-        for j, v in enumerate(turn(k, *both)):
-            to.at(i + j * lanes).store(v)

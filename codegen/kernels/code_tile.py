@@ -270,15 +270,15 @@ def interleave(k: Kernel, a: Value, b: Value) -> tuple[Value, Value]:
     return low, high
 
 
-def in_order(k: Kernel, low: Value, high: Value) -> tuple[Value, Value]:
+def in_order(k: Kernel, parts: list[Value]) -> list[Value]:
     """Columns of two vectors of `interleave`'s order, in order."""
-    n = low.type.lanes
+    (low, high), n = parts, parts[0].type.lanes
     mask = [start + i for g in range(0, n, 4) for start in (g, n + g) for i in range(4)]
-    return k.shuffle(low, high, mask[:n]), k.shuffle(low, high, mask[n:])
+    return [k.shuffle(low, high, mask[:n]), k.shuffle(low, high, mask[n:])]
 
 
-def out_of_order(k: Kernel, first: Value, second: Value) -> tuple[Value, Value]:
+def out_of_order(k: Kernel, parts: list[Value]) -> list[Value]:
     """Columns in order, to two vectors of `interleave`'s order."""
-    n = first.type.lanes
+    (first, second), n = parts, parts[0].type.lanes
     masks = [[g + i for g in range(start, 2 * n, 8) for i in range(4)] for start in (0, 4)]
-    return k.shuffle(first, second, masks[0]), k.shuffle(first, second, masks[1])
+    return [k.shuffle(first, second, mask) for mask in masks]

@@ -83,20 +83,37 @@ def expand_heads(
     out_head: int,
 ) -> None:
     """out[i * out_row + h * out_head + r] = w[h, r] . rows[i], strides in values."""
-    n, pitch = panel_rows(k.target), latent_pitch(part.fmt, part.n_lora)
+    n = panel_rows(k.target)
     per_head = -(-part.n_rows // n)
     with k.tiles(per_head * part.n_heads, counter) as tile:
         head, first = tile // per_head, tile % per_head * n
-        matrix = w.cast(u8).bytes(head * part.pitch)
+        to = out.at(head * out_head)
+        expand_panel(k, to, w, rows, n_rows, panel, head, first, part=part, out_row=out_row)
 
-        def store(i: Value, total: Value) -> None:
-            at = i * out_row + head * out_head + first
-            store_rows(k, out.at(at), total, first, part.n_rows)
 
-        multiply_rows(
-            k, part.fmt, Rows(matrix, first, part.n_rows), rows, n_rows, store, panel,
-            n_cols=part.n_lora, x_pitch=pitch,
-        )  # fmt: skip
+def expand_panel(
+    k: Kernel,
+    out: Pointer,
+    w: Pointer,
+    rows: Pointer,
+    n_rows: Value,
+    panel: Pointer,
+    head: Value,
+    first: Value,
+    *,
+    part: Part,
+    out_row: int,
+) -> None:
+    """out[i * out_row + r] = w[head, r] . rows[i] for the rows r of a panel, from `first` on."""
+    matrix = w.cast(u8).bytes(head * part.pitch)
+
+    def store(i: Value, total: Value) -> None:
+        store_rows(k, out.at(i * out_row + first), total, first, part.n_rows)
+
+    multiply_rows(
+        k, part.fmt, Rows(matrix, first, part.n_rows), rows, n_rows, store, panel,
+        n_cols=part.n_lora, x_pitch=latent_pitch(part.fmt, part.n_lora),
+    )  # fmt: skip
 
 
 @kernel(out=ptr(f32), cache=ptr(u8), w=ptr(u8), rows=ptr(u8), panels=ptr(u8), n_kv=dim())

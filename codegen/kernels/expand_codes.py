@@ -11,16 +11,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from codegen.dtypes import f32, i16, i32, i64, u8
+from codegen.dtypes import f32, i16, i32, i64
 from codegen.formats import BlockFormat
 from codegen.kernels.attention_codes import TILE_KEYS, CodeSizes, TileCodes, part_width
 from codegen.kernels.blocks import BLOCK, load_block
 from codegen.kernels.code_tile import interleave
 from codegen.kernels.encode import MAGNITUDE, inverse_of
-from codegen.kernels.expand import Part, latent_pitch
-from codegen.kernels.matmul import store_rows
-from codegen.kernels.panel import multiply_rows
-from codegen.kernels.panel_decode import Rows, panel_rows
+from codegen.kernels.expand import Part, expand_panel, latent_pitch
+from codegen.kernels.panel_decode import panel_rows
 from codegen.kernels.rows import vectors
 from codegen.values import Pointer, Value
 from codegen.vecmath import round_to_int
@@ -106,7 +104,10 @@ def expand_codes(
         def expand(w: Pointer, part: Part, head: Value = head, first: Value = first,
                    count: Value = count) -> None:  # fmt: skip
             latent = rows.bytes(first * latent_pitch(part.fmt, part.n_lora))
-            expand_head_rows(k, stage, w, latent, count, panel, head, part=part)
+            with k.loop(0, part.n_rows, panel_rows(k.target)) as row:
+                expand_panel(
+                    k, stage, w, latent, count, panel, head, row, part=part, out_row=part.n_rows
+                )
 
         expand(weights[0], parts[0])
         with k.loop(0, count) as i:
@@ -121,30 +122,6 @@ def expand_codes(
         expand(weights[1], parts[1])
         with k.loop(0, count, 2) as i:
             store_values(k, chunk, at, stage, place, i, count)
-
-
-def expand_head_rows(
-    k: Kernel,
-    out: Pointer,
-    w: Pointer,
-    rows: Pointer,
-    n_rows: Value,
-    panel: Pointer,
-    head: Value,
-    *,
-    part: Part,
-) -> None:
-    """out[i * part.n_rows + r] = w[head, r] . rows[i]."""
-    n, matrix = panel_rows(k.target), w.cast(u8).bytes(head * part.pitch)
-    with k.loop(0, part.n_rows, n) as first:
-
-        def store(i: Value, total: Value, first: Value = first) -> None:
-            store_rows(k, out.at(i * part.n_rows + first), total, first, part.n_rows)
-
-        multiply_rows(
-            k, part.fmt, Rows(matrix, first, part.n_rows), rows, n_rows, store, panel,
-            n_cols=part.n_lora, x_pitch=latent_pitch(part.fmt, part.n_lora),
-        )  # fmt: skip
 
 
 def coded(k: Kernel, values: list[Value], largest: int) -> tuple[Value, list[Value]]:

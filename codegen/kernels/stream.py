@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 FAR_BYTES, NEAR_BYTES = 16384, 4096
 L1, L2 = 3, 2
 TILE_BYTES, MAX_GROUPS = 36864, 16  # what a thread takes at a time: long enough a walk
-SHARES, CLAIM = 32, 4
+SHARES = 32  # parts of a range at most: their counters are placed when building
+CLAIM = 4  # a thread takes this fraction of what is left of a part
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,7 @@ from codegen import job as job_layout
 from codegen.jit import Jit
 from codegen.pool import LAUNCH_WORDS, Pool, Records, aligned_words
 from mlacli.graph.lower import At, Launch, Lower, Operand, Scratch, scratch_bytes
-from mlacli.graph.node import Dim, Graph, Node
-from mlacli.graph.ops import lower_graph
+from mlacli.graph.node import Dim, Node
 from mlacli.graph.plan import Plan
 
 Span = tuple[int, int]
@@ -35,11 +34,11 @@ class Memory:
 class Program:
     """Ready to run any number of times; the memory it points to must stay where it is."""
 
-    def __init__(self, graph: Graph, plan: Plan, lower: Lower, memory: Memory, jit: Jit) -> None:
+    def __init__(
+        self, launches: list[Launch], plan: Plan, lower: Lower, memory: Memory, jit: Jit
+    ) -> None:
         self._plan, self._memory, self._bounds = plan, memory, lower.bounds
-        launches = lower_graph(lower, graph)
         self.nodes = tuple(launch.node for launch in launches)  # of each row of the table
-        jit.load_all(launch.spec for launch in launches)
         kernels = [jit.load(launch.spec) for launch in launches]
         slots = [len(launch.operands) + 1 for launch in launches]
         self._args = aligned_words(sum(slots))

@@ -13,7 +13,6 @@ import os
 import select
 import signal
 import subprocess
-import sys
 import time
 import weakref
 from collections.abc import Mapping, Sequence
@@ -21,6 +20,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from codegen.child import start_child, write_frame
 from mlacli.errors import ModelError, UsageError
 from mlacli.text.tokenizer import Piece
 from mlacli.text.vocabulary import MAX_TEMPLATE_BYTES, printable
@@ -105,15 +105,7 @@ class ChatTemplate:
     def _start(self) -> None:
         folders = dict.fromkeys(_folder_of(name) for name in ("jinja2", "markupsafe"))
         try:
-            self._process = subprocess.Popen(
-                [sys.executable, "-I", "-S", str(_CHILD), *folders],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL,
-                env={},
-                cwd="/",
-                start_new_session=True,  # Ctrl-C is for the program, not for its helper
-            )
+            self._process = start_child(_CHILD, folders)
         except OSError as error:
             raise self._problem(f"its process cannot be started ({error.strerror})") from error
         self._stop = weakref.finalize(self, _end, self._process)
@@ -132,8 +124,7 @@ class ChatTemplate:
     def _send(self, body: bytes) -> None:
         assert self._process is not None and self._process.stdin is not None
         try:
-            self._process.stdin.write(len(body).to_bytes(8, "little") + body)
-            self._process.stdin.flush()
+            write_frame(self._process.stdin, body)
         except BrokenPipeError:
             raise self._death() from None
 
