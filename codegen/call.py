@@ -47,7 +47,7 @@ class Call:
                 self._args[slot] = given
         self._args[len(arguments)] = self._counters.ctypes.data
         self._table = np.zeros((1, LAUNCH_WORDS), np.int64)
-        self._table[0] = (address, self._args.ctypes.data, 0)
+        self._table[0, :2] = address, self._args.ctypes.data
 
     def run(self, pool: Pool, n_threads: int) -> bool:
         """False when it was cancelled."""

@@ -1,6 +1,7 @@
 """The worker pool: threads that live in one native loop and run whole steps.
 
-A step is a table of launches (function, arguments, wait first?), walked by every thread. Python
+A step is a table of launches (function, arguments, wait first?, what to ask for afterwards:
+ahead.py), walked by every thread. Python
 submits once per batch: it fills the job, and `submit` wakes the workers and is itself thread 0.
 Workers spin for about 0.1 ms after a step, then sleep in a futex (elsewhere they keep yielding).
 
@@ -21,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from codegen import job as job_layout
+from codegen.ahead import emit_ahead
 from codegen.dtypes import i32, i64
 from codegen.kernel import kernel
 from codegen.values import Value
@@ -36,7 +38,7 @@ STOP = (1 << THREAD_BITS) - 1
 IDLE_SPINS = 2000
 BUSY_SPINS = 500
 Records = npt.NDArray[np.int64]
-LAUNCH_WORDS = 3  # function address, argument table address, 1 = barrier first
+LAUNCH_WORDS = 4  # addresses of function and arguments, 1 = barrier first, address of a walk or 0
 _FUTEX_WAIT, _FUTEX_WAKE = 128, 129  # private
 _FUTEX_CALL = {"x86_64": 202, "aarch64": 98}
 
@@ -63,6 +65,8 @@ def emit_step(k: Kernel, thread: Value) -> None:
         with k.when(k.cancelled().eq(0)):
             k.call_through(launch, k.load_pointer(launch.at(1), i64), k.job, thread)
         job_layout.emit_record(k, thread, i * 2 + 2)
+        with k.when(launch[3].ne(0)):
+            emit_ahead(k, thread, k.load_pointer(launch.at(3), i64))
     job_layout.emit_finish(k, thread)
 
 
@@ -147,7 +151,7 @@ class Pool:
     def run(
         self, launches: npt.NDArray[np.int64], n_threads: int, records: Records | None = None
     ) -> bool:
-        """Walk a launch table (n, 3) with `n_threads` threads; False if it was cancelled.
+        """Walk a launch table [n, LAUNCH_WORDS] with `n_threads` threads; False if cancelled.
 
         `records` (`record_table`) are filled with times. Raises RuntimeError when the pool is
         closed or too small, ValueError when the records are not for this table.

@@ -83,7 +83,7 @@ def launches(jit: Jit, spec: KernelSpec, calls: Sequence[dict[str, Array | int]]
             else:
                 table[slot] = given
         table[-1] = made.counters[i * words :].ctypes.data
-        made.table[i] = (address, table.ctypes.data, 1)
+        made.table[i, :3] = address, table.ctypes.data, 1
         made.keep += [table, sizes, arguments]
     return made
 

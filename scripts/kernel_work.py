@@ -116,8 +116,15 @@ def floats(*shape: int) -> Array:
     return aligned_bytes(4 * int(np.prod(shape))).view(np.float32).reshape(shape)
 
 
-def scratch(case: Case, target: Target, n_threads: int) -> tuple[Array, int]:
+def hidden_rows(case: Case, n: int) -> Array:
+    """Room for what up and gate give: a8 if the matrix that reads it is of the same format."""
+    pitch = row_bytes(case.n_rows) if case.fmt.integer_dot else 4 * case.n_rows
+    return aligned_bytes(n * pitch)
+
+
+def scratch(case: Case, target: Target, n_threads: int, coded_tokens: int = 0) -> tuple[Array, int]:
     room = -(-panel_bytes(target, case.fmt, case.n_cols) // 64) * 64
+    room += moe.waiting_bytes(target, coded_tokens)
     return aligned_bytes(room * n_threads), room
 
 
@@ -164,8 +171,10 @@ def products(case: Case, target: Target, n_threads: int) -> Work:
 
 def dense_gate(case: Case, target: Target, n_threads: int) -> Work:
     """up_gate or up_gate_vec."""
-    y, x = floats(case.n_tokens, case.n_rows), inputs(case, case.n_tokens)
+    y, x = hidden_rows(case, case.n_tokens), inputs(case, case.n_tokens)
+    coded = case.n_tokens if case.fmt.integer_dot else 0
     sizes = {
+        "coded_tokens": coded,
         "n_rows": case.n_rows,
         "n_cols": case.n_cols,
         "fmt_gate": case.fmt,
@@ -175,7 +184,7 @@ def dense_gate(case: Case, target: Target, n_threads: int) -> Work:
     if case.maker == "up_gate_vec":
         spec = moe_few.up_gate_vec(**sizes)
     else:
-        arguments["scratch"], room = scratch(case, target, n_threads)
+        arguments["scratch"], room = scratch(case, target, n_threads, coded)
         spec = moe.up_gate(**sizes, scratch_bytes=room)
     arguments["n_tokens"] = case.n_tokens
     madds = 2 * case.n_tokens * case.n_rows * case.n_cols
@@ -192,6 +201,10 @@ def experts(case: Case, target: Target, n_threads: int) -> Work:
     sizes |= {"fmt_gate": case.fmt, "fmt_up": case.fmt} if gated else {"fmt": case.fmt}
     down = "down" in case.maker
     y = floats(case.n_tokens if down else n_slots, case.n_rows)
+    coded = 0
+    if gated:
+        y, coded = hidden_rows(case, n_slots), case.n_tokens if case.fmt.integer_dot else 0
+        sizes |= {"coded": coded > 0} if few else {"coded_tokens": coded}
     weights = ("gate", "up") if gated else ("w",)
     arguments: dict[str, Array | int] = {"y": y, **dict.fromkeys(weights, 0)}
     arguments["x"] = inputs(case, case.n_tokens if by_token else n_slots)
@@ -211,7 +224,8 @@ def experts(case: Case, target: Target, n_threads: int) -> Work:
     if few:
         arguments["n_tokens"] = case.n_tokens
     else:
-        arguments["scratch"], sizes["scratch_bytes"] = scratch(case, target, n_threads)
+        room = scratch(case, target, n_threads, coded)
+        arguments["scratch"], sizes["scratch_bytes"] = room
     spec = getattr(moe_few if few else moe, case.maker)(**sizes)
     madds = len(weights) * n_slots * case.n_rows * case.n_cols
     read = len(weights) * n_read * case.matrix_bytes
@@ -276,7 +290,7 @@ def cases(shrink: int) -> Iterator[Case]:
     few = [f for f in formats if f.is_quantised]
 
     def n(size: int) -> int:
-        return max(size // shrink, 16)
+        return max(size // shrink // BLOCK, 1) * BLOCK
 
     for fmt in formats:
         yield Case("matvec", "attn_q", fmt, n(3072), 2048)

@@ -6,10 +6,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from codegen.dtypes import f32
 from codegen.formats import BlockFormat
-from codegen.kernels.activations import row_bytes
+from codegen.kernels.activations import row_bytes, store_codes
+from codegen.kernels.blocks import BLOCK
 from codegen.kernels.matmul import load_rows, store_rows
 from codegen.kernels.rowdot import Store
+from codegen.kernels.rows import vectors
 from codegen.values import Pointer, Value
 from codegen.vecmath import silu
 
@@ -41,6 +44,40 @@ class Matrix:
     def expert(self, index: Value) -> Matrix:
         """Another one of the stack."""
         return replace(self, data=self.row(index * self.n_rows))
+
+
+@dataclass(frozen=True)
+class Hidden:
+    """Where rows of n values silu(gate x) * (up x) go: f32, or a8 where the matrix that reads them
+    meets codes. Those wait as f32 [token][rows] until `rows` values of every token are there.
+    """
+
+    y: Pointer
+    n: int
+    rows: int
+    waiting: Pointer | None
+
+    @property
+    def pitch(self) -> int:
+        return 4 * self.n if self.waiting is None else row_bytes(self.n)
+
+    def from_row(self, index: Value) -> Hidden:
+        return replace(self, y=self.y.bytes(index * self.pitch))
+
+    def place(self, t: Value, first: Value) -> Pointer:
+        """Where values of token t from `first` on lie as f32."""
+        if self.waiting is None:
+            return self.y.cast(f32).at(t * self.n + first)
+        return self.waiting.at(t * self.rows + first % self.rows)
+
+    def close(self, k: Kernel, first: Value, n_tokens: Value | int) -> None:
+        """The values from `first` on, `rows` at most, are there."""
+        waiting = self.waiting
+        if waiting is None:
+            return
+        with k.loop(0, n_tokens) as t, k.loop(0, k.minimum(self.rows, self.n - first), BLOCK) as i:
+            values = vectors(k, waiting.at(t * self.rows + i), BLOCK)
+            store_codes(k, self.y.bytes(t * self.pitch), self.n, (first + i) // BLOCK, values)
 
 
 # Multiplies some rows of a matrix with all tokens; the pointer is to what will be read after them.

@@ -24,6 +24,10 @@ if TYPE_CHECKING:
     from codegen.builder import Kernel
 
 
+# A batch is cut into pieces until each thread has so many tiles; of so many tokens at least.
+TILES_PER_THREAD, PIECE_TOKENS = 8, 64
+
+
 @dataclass(frozen=True)
 class Shape:
     """Sizes of one product; `w_pitch` is the bytes from one head's matrix to the next."""
@@ -53,7 +57,7 @@ def matvec(
 ) -> None:
     """y[t, h, r] = w[h, r] . x[t, h] (+ residual), each row streamed once per token."""
     s, n, pitch = shape, k.target.lanes, fmt.row_bytes(shape.n_cols)
-    step = tile_rows(k, pitch)
+    step = tile_rows(k.target, pitch)
     per_head = -(-s.n_rows // step)
 
     def place(tile: Value) -> tuple[Value, Value, Pointer]:
@@ -99,27 +103,43 @@ def matmul(
     fmt: BlockFormat,
     scratch_bytes: int,
 ) -> None:
-    """The same for a batch: panels of rows are handed out, each meets all tokens."""
+    """The same for a batch: panels of rows are handed out, each meets a piece of the batch."""
     s, n = shape, panel_rows(k.target)
     panel = scratch.bytes(k.thread * scratch_bytes)
     per_head = -(-s.n_rows // n)
-    with tiles_ahead(k, per_head * s.n_heads) as (tile, next_tile):
-        head, first = tile // per_head, tile % per_head * n
+    pieces = batch_pieces(k, per_head * s.n_heads, n_tokens)
+    with tiles_ahead(k, pieces * (per_head * s.n_heads), one_by_one=True) as (tile, next_tile):
+        start, count = piece_of(k, tile % pieces, pieces, n_tokens)
+        part, next_part = tile // pieces, next_tile // pieces
+        head, first = part // per_head, part % per_head * n
         matrix = w.bytes(head * s.w_pitch)
-        next_row = next_tile % per_head * n * fmt.row_bytes(s.n_cols)
-        following = w.bytes(next_tile // per_head * s.w_pitch + next_row)
+        next_row = next_part % per_head * n * fmt.row_bytes(s.n_cols)
+        following = w.bytes(next_part // per_head * s.w_pitch + next_row)
 
         def store(t: Value, total: Value) -> None:
-            at = t * s.y_token + head * s.y_head + first
+            at = (start + t) * s.y_token + head * s.y_head + first
             if s.residual:
                 total = total + load_rows(k, residual.at(at), total.type, first, s.n_rows)
             store_rows(k, y.at(at), total, first, s.n_rows)
 
-        x_rows = x.bytes(head * s.x_head)
+        x_rows = x.bytes(head * s.x_head + start * s.x_token)
         multiply_rows(
-            k, fmt, Rows(matrix, first, s.n_rows), x_rows, n_tokens, store, panel,
+            k, fmt, Rows(matrix, first, s.n_rows), x_rows, count, store, panel,
             n_cols=s.n_cols, x_pitch=s.x_token, following=following,
         )  # fmt: skip
+
+
+def batch_pieces(k: Kernel, panels: int, n_tokens: Value) -> Value:
+    """Into how many pieces a batch is cut, so that matrices of few rows occupy all threads; a
+    panel is decoded for each of them."""
+    wanted = (k.n_threads * TILES_PER_THREAD + (panels - 1)) // panels
+    return k.maximum(k.minimum(wanted, n_tokens // PIECE_TOKENS), 1)
+
+
+def piece_of(k: Kernel, index: Value, pieces: Value, n_tokens: Value) -> tuple[Value, Value]:
+    """(first token, number of tokens) of a piece."""
+    first = index * n_tokens // pieces
+    return first, (index + 1) * n_tokens // pieces - first
 
 
 def load_rows(k: Kernel, p: Pointer, t: DType, first: Value, n_rows: int) -> Value:

@@ -15,19 +15,19 @@ from typing import TYPE_CHECKING
 from codegen.dtypes import f32, i32, i64, u8
 from codegen.formats import BlockFormat
 from codegen.kernel import dim, kernel, ptr
-from codegen.kernels.gated import Matrix, gated
-from codegen.kernels.matmul import load_rows, store_rows
+from codegen.kernels.blocks import BLOCK
+from codegen.kernels.gated import Hidden, Matrix, gated
+from codegen.kernels.matmul import batch_pieces, load_rows, piece_of, store_rows
 from codegen.kernels.panel import Rows, multiply_rows, panel_rows
 from codegen.kernels.rowdot import Store
-from codegen.kernels.stream import tiles_ahead
+from codegen.kernels.stream import parts_ahead, tiles_ahead
+from codegen.targets.base import Target
 from codegen.values import Pointer, Value
 
 if TYPE_CHECKING:
     from codegen.builder import Kernel
 
-# moe_down: panels that a thread does for one expert before the next, and parts of the output that
-# there are at least for each thread.
-PANELS_PER_PART, PARTS_PER_THREAD = 8, 4
+PANELS_PER_PART = 8  # moe_down: most that a thread does for one expert before the next
 
 
 def panel_product(
@@ -47,9 +47,24 @@ def panel_product(
     )  # fmt: skip
 
 
-def gated_panel(
+def hidden_rows(target: Target, coded_tokens: int) -> int:
+    """Rows of up and gate that a thread does at a time."""
+    return max(panel_rows(target), BLOCK if coded_tokens else 0)
+
+
+def waiting_bytes(target: Target, coded_tokens: int) -> int:
+    """Scratch of a thread, in front of its panel, for what is yet to become a8."""
+    return 4 * hidden_rows(target, coded_tokens) * coded_tokens
+
+
+def hidden(k: Kernel, y: Pointer, n: int, scratch: Pointer, coded_tokens: int) -> Hidden:
+    rows = hidden_rows(k.target, coded_tokens)
+    return Hidden(y, n, rows, scratch.cast(f32) if coded_tokens else None)
+
+
+def gated_panels(
     k: Kernel,
-    y: Pointer,
+    out: Hidden,
     gate: Matrix,
     up: Matrix,
     x: Pointer,
@@ -58,18 +73,22 @@ def gated_panel(
     following: Pointer,
     panel: Pointer,
 ) -> None:
-    """y[t, first:] = silu(gate x[t]) * (up x[t]) for one panel."""
+    """out[t, first:] = silu(gate x[t]) * (up x[t]) for out.rows rows."""
+    n = panel_rows(k.target)
+    firsts = [first + i for i in range(0, out.rows, n)]
+    for here, after in zip(firsts, [*map(gate.row, firsts[1:]), following], strict=True):
 
-    def multiply(w: Matrix, following: Pointer, store: Store) -> None:
-        panel_product(k, w, first, following, panel, x, n_tokens, store)
+        def multiply(w: Matrix, following: Pointer, store: Store, here: Value = here) -> None:
+            panel_product(k, w, here, following, panel, x, n_tokens, store)
 
-    def place(t: Value) -> Pointer:
-        return y.at(t * gate.n_rows + first)
+        def place(t: Value, here: Value = here) -> Pointer:
+            return out.place(t, here)
 
-    gated(k, gate, up, first, following, place, multiply)
+        gated(k, gate, up, here, after, place, multiply)
+    out.close(k, first, n_tokens)
 
 
-@kernel(y=ptr(f32), gate=ptr(u8), up=ptr(u8), x=ptr(u8), scratch=ptr(u8), n_tokens=dim())
+@kernel(y=ptr(u8), gate=ptr(u8), up=ptr(u8), x=ptr(u8), scratch=ptr(u8), n_tokens=dim())
 def up_gate(
     k: Kernel,
     y: Pointer,
@@ -84,23 +103,31 @@ def up_gate(
     fmt_gate: BlockFormat,
     fmt_up: BlockFormat,
     scratch_bytes: int,
+    coded_tokens: int = 0,
 ) -> None:
-    """y[t] = silu(gate x[t]) * (up x[t]): a dense layer, or the shared experts."""
-    panel, n = scratch.bytes(k.thread * scratch_bytes), panel_rows(k.target)
+    """y[t] = silu(gate x[t]) * (up x[t]): a dense layer, or the shared experts. Rows of y are f32,
+    or a8 for batches of `coded_tokens` at most."""
+    own = scratch.bytes(k.thread * scratch_bytes)
+    panel = own.bytes(waiting_bytes(k.target, coded_tokens))
     gates, ups = Matrix(gate, fmt_gate, n_rows, n_cols), Matrix(up, fmt_up, n_rows, n_cols)
-    with tiles_ahead(k, -(-n_rows // n)) as (tile, next_tile):
-        gated_panel(k, y, gates, ups, x, n_tokens, tile * n, gates.row(next_tile * n), panel)
+    made = hidden(k, y, n_rows, own, coded_tokens)
+    panels = -(-n_rows // made.rows)
+    pieces = batch_pieces(k, panels, n_tokens)
+    with tiles_ahead(k, pieces * panels, one_by_one=True) as (tile, next_tile):
+        start, count = piece_of(k, tile % pieces, pieces, n_tokens)
+        first, following = tile // pieces * made.rows, gates.row(next_tile // pieces * made.rows)
+        rows, out = x.bytes(start * gates.x_pitch), made.from_row(start)
+        gated_panels(k, out, gates, ups, rows, count, first, following, panel)
 
 
 @contextmanager
 def expert_panels(
-    k: Kernel, offsets: Pointer, w: Matrix, n_expert: int
+    k: Kernel, offsets: Pointer, w: Matrix, n_expert: int, n: int
 ) -> Iterator[tuple[Value, Value, Pointer, Value, Value]]:
-    """(expert, first row of the panel, the stack's panel after it, first sorted position, number of
+    """(expert, first of n rows, the stack's rows after them, first sorted position, number of
     positions)."""
-    n = panel_rows(k.target)
     panels = -(-w.n_rows // n)
-    with tiles_ahead(k, panels * n_expert) as (tile, next_tile):
+    with tiles_ahead(k, panels * n_expert, one_by_one=True) as (tile, next_tile):
         expert, first = tile // panels, tile % panels * n
         start, count = positions(offsets, expert)
         with k.when(count > 0):
@@ -114,7 +141,7 @@ def positions(offsets: Pointer, expert: Value) -> tuple[Value, Value]:
     return start, offsets[expert + 1].to(i64) - start
 
 
-@kernel(y=ptr(f32), gate=ptr(u8), up=ptr(u8), x=ptr(u8), offsets=ptr(i32), scratch=ptr(u8))
+@kernel(y=ptr(u8), gate=ptr(u8), up=ptr(u8), x=ptr(u8), offsets=ptr(i32), scratch=ptr(u8))
 def moe_up_gate(
     k: Kernel,
     y: Pointer,
@@ -130,13 +157,18 @@ def moe_up_gate(
     fmt_up: BlockFormat,
     n_expert: int,
     scratch_bytes: int,
+    coded_tokens: int = 0,
 ) -> None:
-    """y[i] = silu(gate_e x[i]) * (up_e x[i]) for every sorted position i of every expert e."""
-    panel = scratch.bytes(k.thread * scratch_bytes)
+    """y[i] = silu(gate_e x[i]) * (up_e x[i]) for every sorted position i of every expert e. Rows of
+    y are f32, or a8 for experts of `coded_tokens` at most."""
+    own = scratch.bytes(k.thread * scratch_bytes)
+    panel = own.bytes(waiting_bytes(k.target, coded_tokens))
     gates, ups = Matrix(gate, fmt_gate, n_rows, n_cols), Matrix(up, fmt_up, n_rows, n_cols)
-    with expert_panels(k, offsets, gates, n_expert) as (expert, first, following, start, count):
-        rows, out = x.bytes(start * gates.x_pitch), y.at(start * n_rows)
-        gated_panel(
+    made = hidden(k, y, n_rows, own, coded_tokens)
+    tiles = expert_panels(k, offsets, gates, n_expert, made.rows)
+    with tiles as (expert, first, following, start, count):
+        rows, out = x.bytes(start * gates.x_pitch), made.from_row(start)
+        gated_panels(
             k, out, gates.expert(expert), ups.expert(expert), rows, count, first, following, panel
         )
 
@@ -158,7 +190,8 @@ def moe_matmul(
 ) -> None:
     """y[i] = w_e x[i] for every sorted position i of every expert e."""
     panel, experts = scratch.bytes(k.thread * scratch_bytes), Matrix(w, fmt, n_rows, n_cols)
-    with expert_panels(k, offsets, experts, n_expert) as (expert, first, following, start, count):
+    tiles = expert_panels(k, offsets, experts, n_expert, panel_rows(k.target))
+    with tiles as (expert, first, following, start, count):
 
         def store(i: Value, total: Value) -> None:
             store_rows(k, y.at((start + i) * n_rows + first), total, first, n_rows)
@@ -196,16 +229,13 @@ def moe_down(
     """y[token] += weight * (w_e x[i]): a part of y's rows goes through its experts in id order, so
     no two threads add to the same place and the order of additions is fixed.
 
-    A part is several panels, as far as there are threads for all parts: an expert's activations
-    are read again for each panel, while they are near.
+    A part is several panels, until few are left: an expert's activations are read again for each
+    panel, while they are near.
     """
     panel, experts = scratch.bytes(k.thread * scratch_bytes), Matrix(w, fmt, n_rows, n_cols)
-    n, panels = panel_rows(k.target), k.const(-(-n_rows // panel_rows(k.target)), i64)
-    height = n * k.maximum(
-        1, k.minimum(PANELS_PER_PART, panels // (PARTS_PER_THREAD * k.n_threads))
-    )
-    with tiles_ahead(k, (n_rows + height - 1) // height) as (tile, next_tile):
-        start, next_start = tile * height, next_tile * height
+    n = panel_rows(k.target)
+    with parts_ahead(k, -(-n_rows // n), most=PANELS_PER_PART) as (part, stop, next_part):
+        start, next_start, behind = part * n, next_part * n, k.minimum(stop * n, n_rows)
         with k.loop(0, n_expert) as expert:
             position, count = positions(offsets, expert)
             after = k.select_pointer(
@@ -215,8 +245,7 @@ def moe_down(
             )
             with k.when((count > 0) & k.cancelled().eq(0)):
                 rows, matrix = x.bytes(position * experts.x_pitch), experts.expert(expert)
-                stop = k.minimum(start + height, n_rows)
-                with k.loop(start, stop, n) as first:
+                with k.loop(start, behind, n) as first:
 
                     def store(
                         i: Value, total: Value, position: Value = position, first: Value = first
@@ -226,5 +255,5 @@ def moe_down(
                         added = load_rows(k, place, total.type, first, n_rows)
                         store_rows(k, place, added + total * weights[slot], first, n_rows)
 
-                    following = k.select_pointer(first + n < stop, matrix.row(first + n), after)
+                    following = k.select_pointer(first + n < behind, matrix.row(first + n), after)
                     panel_product(k, matrix, first, following, panel, rows, count, store)

@@ -9,14 +9,15 @@ from expert to expert every few rows.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from codegen.dtypes import f32, i32, i64, u8
 from codegen.formats import BlockFormat
 from codegen.kernel import dim, kernel, ptr
-from codegen.kernels.gated import Matrix, gated
+from codegen.kernels.blocks import BLOCK
+from codegen.kernels.gated import Hidden, Matrix, gated
 from codegen.kernels.matmul import store_rows
 from codegen.kernels.rowdot import Store, few_dots
 from codegen.kernels.spread import Activations, Inputs, Take, activations
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 @contextmanager
 def row_groups(k: Kernel, start: Value, w: Matrix) -> Iterator[tuple[Value, Value]]:
     """(first row, whether it is the last) of the groups in the tile that starts at row `start`."""
-    stop = k.minimum(start + tile_rows(k, w.pitch), w.n_rows)
+    stop = k.minimum(start + tile_rows(k.target, w.pitch), w.n_rows)
     with k.loop(start, stop, k.target.lanes) as first:
         yield first, first + k.target.lanes >= stop
 
@@ -61,7 +62,7 @@ def rows_of(held: Activations, x: Pointer, key: Value) -> Take:
 
 def gated_group(
     k: Kernel,
-    y: Pointer,
+    out: Hidden,
     gate: Matrix,
     up: Matrix,
     take: Take,
@@ -69,22 +70,34 @@ def gated_group(
     first: Value,
     following: Pointer,
 ) -> None:
-    """y[t, first:] = silu(gate x[t]) * (up x[t]) for one group of rows."""
+    """out[t, first:] = silu(gate x[t]) * (up x[t]) for one group of rows."""
 
     def multiply(w: Matrix, following: Pointer, store: Store) -> None:
         group_product(k, w, first, following, take, n_tokens, store)
 
     def place(t: Value) -> Pointer:
-        return y.at(t * gate.n_rows + first)
+        return out.place(t, first)
 
     gated(k, gate, up, first, following, place, multiply)
 
 
+def hidden(k: Kernel, y: Pointer, n: int, coded_tokens: int) -> Hidden:
+    waiting = k.stack(f32 * BLOCK, coded_tokens).at(0, f32) if coded_tokens else None
+    return Hidden(y, n, BLOCK, waiting)
+
+
+def close_group(k: Kernel, out: Hidden, first: Value, n_tokens: Value | int) -> None:
+    """The group from row `first` on is there for all tokens."""
+    if out.waiting is not None:
+        with k.when(((first + k.target.lanes) % out.rows).eq(0)):
+            out.close(k, first // out.rows * out.rows, n_tokens)
+
+
 def tile_count(k: Kernel, w: Matrix) -> int:
-    return -(-w.n_rows // tile_rows(k, w.pitch))
+    return -(-w.n_rows // tile_rows(k.target, w.pitch))
 
 
-@kernel(y=ptr(f32), gate=ptr(u8), up=ptr(u8), x=ptr(u8), n_tokens=dim())
+@kernel(y=ptr(u8), gate=ptr(u8), up=ptr(u8), x=ptr(u8), n_tokens=dim())
 def up_gate_vec(
     k: Kernel,
     y: Pointer,
@@ -97,36 +110,44 @@ def up_gate_vec(
     n_cols: int,
     fmt_gate: BlockFormat,
     fmt_up: BlockFormat,
+    coded_tokens: int = 0,
 ) -> None:
     """The same as `up_gate`, row by row."""
     gates, ups = Matrix(gate, fmt_gate, n_rows, n_cols), Matrix(up, fmt_up, n_rows, n_cols)
     held = activations(k, (fmt_gate, fmt_up), n_cols, gates.x_pitch)
     take = rows_of(held, x, k.const(0, i64))
-    step = tile_rows(k, gates.pitch)
+    out, step = hidden(k, y, n_rows, coded_tokens), tile_rows(k.target, gates.pitch)
     with tiles_ahead(k, tile_count(k, gates)) as (tile, next_tile):
         after = gates.row(next_tile * step)
         with row_groups(k, tile * step, gates) as (first, is_last):
             following = k.select_pointer(is_last, after, gates.row(first + k.target.lanes))
-            gated_group(k, y, gates, ups, take, n_tokens, first, following)
+            gated_group(k, out, gates, ups, take, n_tokens, first, following)
+            close_group(k, out, first, n_tokens)
 
 
 @contextmanager
 def slot_rows(
-    k: Kernel, y: Pointer, ids: Pointer, n_slots: Value, w: Matrix
+    k: Kernel,
+    ids: Pointer,
+    n_slots: Value,
+    w: Matrix,
+    place: Callable[[Value, Value], Pointer],
+    done: Callable[[Value, Value], None] = lambda slot, first: None,
 ) -> Iterator[tuple[Value, Value, Value, Pointer]]:
-    """(slot, its expert, first row, the stack's group after it) of groups of rows.
+    """(slot, its expert, first row, the stack's group after it) of groups of rows, whose results go
+    to place(slot, first row); then done(slot, first row) is called.
 
     The rows of a dropped slot become zero: what comes next reads them, and multiplying anything
     with weight 0 could leave a NaN.
     """
-    parts, n, step = tile_count(k, w), k.target.lanes, tile_rows(k, w.pitch)
+    parts, n, step = tile_count(k, w), k.target.lanes, tile_rows(k.target, w.pitch)
 
-    def place(tile: Value) -> tuple[Value, Value, Value]:
+    def start_of(tile: Value) -> tuple[Value, Value, Value]:
         return tile // parts, ids[tile // parts].to(i64), tile % parts * step
 
     with tiles_ahead(k, n_slots * parts) as (tile, next_tile):
-        slot, expert, start = place(tile)
-        _, next_expert, next_start = place(next_tile)
+        slot, expert, start = start_of(tile)
+        _, next_expert, next_start = start_of(next_tile)
         after = w.expert(k.maximum(next_expert, 0)).row(next_start)
         with row_groups(k, start, w) as (first, is_last):
             with k.either(expert >= 0) as (chosen, dropped):
@@ -134,10 +155,11 @@ def slot_rows(
                     following = w.expert(expert).row(first + n)
                     yield slot, expert, first, k.select_pointer(is_last, after, following)
                 with dropped:
-                    store_rows(k, y.at(slot * w.n_rows + first), k.zeros(f32 * n), first, w.n_rows)
+                    store_rows(k, place(slot, first), k.zeros(f32 * n), first, w.n_rows)
+            done(slot, first)
 
 
-@kernel(y=ptr(f32), gate=ptr(u8), up=ptr(u8), x=ptr(u8), ids=ptr(i32), n_tokens=dim())
+@kernel(y=ptr(u8), gate=ptr(u8), up=ptr(u8), x=ptr(u8), ids=ptr(i32), n_tokens=dim())
 def moe_up_gate_vec(
     k: Kernel,
     y: Pointer,
@@ -152,12 +174,23 @@ def moe_up_gate_vec(
     fmt_gate: BlockFormat,
     fmt_up: BlockFormat,
     n_used: int,
+    coded: bool = False,
 ) -> None:
-    """y[slot] = silu(gate_e x[token]) * (up_e x[token]), e = ids[slot]; 0 for dropped slots."""
+    """y[slot] = silu(gate_e x[token]) * (up_e x[token]), e = ids[slot], f32 or a8; 0 for dropped
+    slots."""
     gates, ups = Matrix(gate, fmt_gate, n_rows, n_cols), Matrix(up, fmt_up, n_rows, n_cols)
     held = activations(k, (fmt_gate, fmt_up), n_cols, gates.x_pitch, capacity=1)
-    with slot_rows(k, y, ids, n_tokens * n_used, gates) as (slot, expert, first, following):
-        token, out = slot // n_used, y.at(slot * n_rows)
+    made, only = hidden(k, y, n_rows, int(coded)), k.const(0, i64)
+
+    def place(slot: Value, first: Value) -> Pointer:
+        return made.from_row(slot).place(only, first)
+
+    def done(slot: Value, first: Value) -> None:
+        close_group(k, made.from_row(slot), first, 1)
+
+    tiles = slot_rows(k, ids, n_tokens * n_used, gates, place, done)
+    with tiles as (slot, expert, first, following):
+        out, token = made.from_row(slot), slot // n_used
         take = rows_of(held, x.bytes(token * gates.x_pitch), token)
         gated_group(k, out, gates.expert(expert), ups.expert(expert), take, 1, first, following)
 
@@ -181,10 +214,15 @@ def moe_matmul_vec(
     dropped slots."""
     experts = Matrix(w, fmt, n_rows, n_cols)
     held = activations(k, (fmt,), n_cols, experts.x_pitch, capacity=1)
-    with slot_rows(k, y, ids, n_tokens * n_used, experts) as (slot, expert, first, following):
+
+    def place(slot: Value, first: Value) -> Pointer:
+        return y.at(slot * n_rows + first)
+
+    tiles = slot_rows(k, ids, n_tokens * n_used, experts, place)
+    with tiles as (slot, expert, first, following):
 
         def store(t: Value, total: Value) -> None:
-            store_rows(k, y.at(slot * n_rows + first), total, first, n_rows)
+            store_rows(k, place(slot, first), total, first, n_rows)
 
         row = slot if per_slot else slot // n_used
         take = rows_of(held, x.bytes(row * experts.x_pitch), row)

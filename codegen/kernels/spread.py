@@ -147,7 +147,7 @@ def each_step(k: Kernel, n_blocks: int, step: Callable[[Value, int], None]) -> N
 def pieces(k: Kernel, at: Pointer, offset: int, stride: int, count: int) -> Value:
     """16 bytes of each of `count` blocks that are `stride` bytes apart, as u32; zeros behind."""
     if count == blocks_per_step(k):
-        return k.target.load_pieces(k, at.bytes(offset), stride)
+        return k.target.load_pieces(k, at, offset, stride)
     loaded = [at.bytes(offset + stride * i, u32).load(u32 * 4) for i in range(count)]
     return join(k, loaded + [k.zeros(u32 * 4)] * (blocks_per_step(k) - count))
 

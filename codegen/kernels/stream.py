@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from codegen.dtypes import i64
+from codegen.kernels.blocks import BLOCK
+from codegen.targets.base import Target
 from codegen.values import Pointer, Value
 
 if TYPE_CHECKING:
@@ -18,7 +20,7 @@ if TYPE_CHECKING:
 # the first level, so that no load waits and the loop runs on to the next far request.
 FAR_BYTES, NEAR_BYTES = 16384, 4096
 L1, L2 = 3, 2
-TILE_BYTES, MAX_GROUPS = 36864, 16  # what a thread takes at a time: long enough a walk
+TILE_BYTES, MAX_TILE_ROWS = 36864, 256  # what a thread takes at a time: long enough a walk
 SHARES = 32  # parts of a range at most: their counters are placed when building
 CLAIM = 4  # a thread takes this fraction of what is left of a part
 
@@ -51,65 +53,108 @@ def ask(k: Kernel, far: Pointer, near: Pointer, at: Value, n_bytes: int) -> None
 
 
 @contextmanager
-def tiles_ahead(k: Kernel, n: Any) -> Iterator[tuple[Value, Value]]:
+def tiles_ahead(k: Kernel, n: Any, *, one_by_one: bool = False) -> Iterator[tuple[Value, Value]]:
     """Tiles of range(n), each with the one this thread has after it, so that what comes next can be
     asked for; behind the last tile that is the last one again.
 
     Each thread has a part of the range to itself and helps with the others' when it is done. So it
-    walks on in memory, as prefetchers expect: whatever they bring too early is used.
+    walks on in memory, as prefetchers expect: whatever they bring too early is used. Tiles that
+    take long, or some of them longer than others, are claimed `one_by_one`.
     """
-    shares = _Shares(k, k.const(n, i64))
-    tile = k.var(shares.take())
-    with k.when((tile.get() < shares.n) & k.cancelled().eq(0)):
+    shares = _Shares(k, k.const(n, i64), fraction=None if one_by_one else CLAIM)
+    left = k.var(k.const(0, i64))
+    stop = k.var(k.const(0, i64))
+
+    def take() -> Value:
+        with k.when(left.get() >= stop.get()):
+            first, behind = shares.claim()
+            left.set(first)
+            stop.set(behind)
+        taken = left.get()
+        left.set(taken + 1)
+        return taken
+
+    with _each_ahead(k, shares, take) as (tile, following):
+        yield tile, following
+
+
+@contextmanager
+def parts_ahead(k: Kernel, n: Any, *, most: int) -> Iterator[tuple[Value, Value, Value]]:
+    """(first, stop, first of this thread's next part) of parts of range(n), large ones first: a
+    fraction of what is left, at most `most`. For work that is cheaper by the part."""
+    shares = _Shares(k, k.const(n, i64), fraction=CLAIM, most=most)
+    stop = k.var(k.const(0, i64))
+    next_stop = k.var(k.const(0, i64))
+
+    def take() -> Value:
+        stop.set(next_stop.get())
+        first, behind = shares.claim()
+        next_stop.set(behind)
+        return first
+
+    with _each_ahead(k, shares, take) as (first, following):
+        yield first, stop.get(), following
+
+
+@contextmanager
+def _each_ahead(
+    k: Kernel, shares: _Shares, take: Callable[[], Value]
+) -> Iterator[tuple[Value, Value]]:
+    """(what was taken, what is taken next or, if that is nothing, the same) until nothing is."""
+    current = k.var(take())
+    with k.when((current.get() < shares.n) & k.cancelled().eq(0)):
         with k.repeat_while() as go_on:
-            following = shares.take()
-            yield tile.get(), k.select(following < shares.n, following, tile.get())
-            tile.set(following)
+            following = take()
+            yield current.get(), k.select(following < shares.n, following, current.get())
+            current.set(following)
             go_on((following < shares.n) & k.cancelled().eq(0))
 
 
 class _Shares:
     """range(n) in a part per thread; above SHARES threads, some have one together.
 
-    Numbers are claimed a quarter of what is left of a part at a time: an atomic addition waits for
-    all loads before it, which costs as much as a few hundred bytes of a stream.
+    Numbers are claimed one at a time, or `fraction` of what is left of a part: an atomic addition
+    waits for all loads before it, which costs as much as a few hundred bytes of a stream.
     """
 
-    def __init__(self, k: Kernel, n: Value) -> None:
-        self.k, self.n = k, n
+    def __init__(
+        self, k: Kernel, n: Value, *, fraction: int | None, most: int | None = None
+    ) -> None:
+        self.k, self.n, self.fraction, self.most = k, n, fraction, most
         self.count = k.minimum(k.n_threads, SHARES)
         self.counters = k.counter(SHARES)
-        self.done, self.next, self.stop = (k.var(k.const(0, i64)) for _ in range(3))
+        self.done = k.var(k.const(0, i64))
 
-    def take(self) -> Value:
-        """The next number, of this thread's part if there is one left; n when there is none."""
-        k, found = self.k, self.k.var(self.n)
-        with k.when((self.next.get() >= self.stop.get()) & (self.done.get() < self.count)):
-            self._claim()
-        with k.when(self.next.get() < self.stop.get()):
-            found.set(self.next.get())
-            self.next.set(found.get() + 1)
-        return found.get()
-
-    def _claim(self) -> None:
-        k = self.k
-        with k.repeat_while() as go_on:
+    def claim(self) -> tuple[Value, Value]:
+        """(first, stop) of the next numbers, of this thread's part if there are any left; first is
+        n when there are none."""
+        k, first, stop = self.k, self.k.var(self.n), self.k.var(self.n)
+        with k.when(self.done.get() < self.count), k.repeat_while() as go_on:
             part = (k.thread + self.done.get()) % self.count
-            first, counter = part * self.n // self.count, self.counters.at(part)
-            size = (part + 1) * self.n // self.count - first
-            count = k.maximum((size - k.load_atomic(counter)) // CLAIM, 1)
+            start, counter = part * self.n // self.count, self.counters.at(part)
+            size = (part + 1) * self.n // self.count - start
+            count = self._size_of_claim(size, counter)
             claimed = k.fetch_add(counter, count)
-            self.next.set(first + claimed)
-            self.stop.set(first + k.minimum(claimed + count, size))
             is_empty = claimed >= size
+            first.set(k.select(is_empty, self.n, start + claimed))
+            stop.set(start + k.minimum(claimed + count, size))
             self.done.set(k.select(is_empty, self.done.get() + 1, self.done.get()))
             go_on(is_empty & (self.done.get() < self.count))
+        return first.get(), stop.get()
+
+    def _size_of_claim(self, size: Value, counter: Pointer) -> Value | int:
+        k = self.k
+        if self.fraction is None:
+            return 1
+        count = k.maximum((size - k.load_atomic(counter)) // self.fraction, 1)
+        return count if self.most is None else k.minimum(count, self.most)
 
 
-def tile_rows(k: Kernel, pitch: int) -> int:
-    """Rows of `pitch` bytes that a thread takes at a time: whole groups."""
-    n = k.target.lanes
-    return n * max(1, min(MAX_GROUPS, TILE_BYTES // (n * pitch)))
+def tile_rows(target: Target, pitch: int) -> int:
+    """Rows of `pitch` bytes that a thread takes at a time: whole groups, and whole blocks of what
+    they give."""
+    n = max(target.lanes, BLOCK)
+    return n * max(1, min(MAX_TILE_ROWS, TILE_BYTES // pitch) // n)
 
 
 def group_size(k: Kernel, first: Value, n_rows: int) -> Value | int:

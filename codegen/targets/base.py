@@ -79,12 +79,13 @@ class Target:
         """table[low nibble] per byte: the upper bits of `codes` may be anything."""
         return self.lookup16(k, table, codes & 15)
 
-    def load_pieces(self, k: Kernel, at: Pointer, stride: int) -> Value:
-        """16 bytes from each of `lanes / 4` places that are `stride` bytes apart, as u32 lanes.
+    def load_pieces(self, k: Kernel, at: Pointer, offset: int, stride: int) -> Value:
+        """16 bytes from each of `lanes / 4` places that are `stride` bytes apart, as u32 lanes;
+        the first place is `offset` bytes behind `at`, from where on there is memory.
 
         Nothing behind the last piece is read.
         """
-        places = [at.bytes(stride * i, u32) for i in range(self.lanes // 4)]
+        places = [at.bytes(offset + stride * i, u32) for i in range(self.lanes // 4)]
         return join(k, [place.load(u32 * 4) for place in places])
 
     def load_scales(self, k: Kernel, at: Pointer, stride: int) -> Value:

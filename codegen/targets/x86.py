@@ -101,11 +101,11 @@ class X86(Target):
         entries = k.vector([t & 255 for t in table] * 4, u8)
         return k.intrinsic("llvm.x86.avx512.permvar.qi.512", u8 * n, entries, codes)
 
-    def load_pieces(self, k: Kernel, at: Pointer, stride: int) -> Value:
-        span = 3 * stride + 16
-        if not (self.vbmi and self.lanes == 16 and 2 * stride + 16 <= 64 < span):
-            return super().load_pieces(k, at, stride)
-        order = [stride * i + j for i in range(3) for j in range(16)] + [0] * 16
+    def load_pieces(self, k: Kernel, at: Pointer, offset: int, stride: int) -> Value:
+        span = offset + 3 * stride + 16
+        if not (self.vbmi and self.lanes == 16 and offset + 2 * stride + 16 <= 64 < span):
+            return super().load_pieces(k, at, offset, stride)
+        order = [offset + stride * i + j for i in range(3) for j in range(16)] + [0] * 16
         first = _permute_bytes(k, at.bytes(0, u8).load(u8 * 64), order).bits_as(u32 * 16)
         last = at.bytes(span - 64, u32).load(u32 * 16)
         return k.shuffle(first, last, [*range(12), *range(28, 32)])

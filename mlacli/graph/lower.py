@@ -34,14 +34,27 @@ Operand = At | Scratch | Dim | int
 
 
 @dataclass(frozen=True)
+class Walk:
+    """In which order a launch streams weights (codegen/ahead.py): `n` matrices, or those that `ids`
+    name, of `parts` tiles each."""
+
+    weights: Node
+    n: int
+    parts: int
+    part_bytes: int
+    ids: At | None = None
+
+
+@dataclass(frozen=True)
 class Launch:
     """One kernel call by all threads. Launches of one op never depend on each other unless
-    `after_previous` asks for a barrier between them."""
+    `after_previous` asks for a barrier between them. `walk`: for few tokens, its weights."""
 
     node: Node
     spec: KernelSpec
     operands: tuple[Operand, ...]
     after_previous: bool = False
+    walk: Walk | None = None
 
 
 @dataclass(frozen=True)

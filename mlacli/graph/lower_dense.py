@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from codegen.kernels import activations, layers, matmul, moe, moe_few, panel
 from codegen.kernels.matmul import Shape
-from mlacli.graph.lower import At, Launch, Lower, Operand, Scratch, lowers
+from codegen.kernels.stream import tile_rows
+from mlacli.graph.lower import At, Launch, Lower, Operand, Scratch, Walk, lowers
 from mlacli.graph.matrix import Matrix
 from mlacli.graph.node import Node
 
@@ -25,6 +26,14 @@ def matrix_scratch(lower: Lower, node: Node) -> int:
     return 0 if lower.few else widest * lower.n_threads
 
 
+def walk_of(lower: Lower, w: Node, n: int, ids: At | None = None) -> Walk:
+    """How the rows of n matrices are streamed for few tokens."""
+    m: Matrix = w.attrs["matrix"]
+    row = m.fmt.row_bytes(m.n_cols)
+    step = tile_rows(lower.target, row)
+    return Walk(w, n, -(-m.n_rows // step), step * row, ids)
+
+
 def multiply(
     lower: Lower, node: Node, w: Node, x: Node, y: Operand, shape: Shape, residual: Operand
 ) -> Launch:
@@ -33,7 +42,8 @@ def multiply(
     tokens = lower.tokens(node)
     if lower.few:
         spec = matmul.matvec(shape=shape, fmt=matrix.fmt)
-        return Launch(node, spec, (y, At(w), At(x), residual, tokens))
+        walk = walk_of(lower, w, shape.n_heads)
+        return Launch(node, spec, (y, At(w), At(x), residual, tokens), walk=walk)
     per_thread = panel_scratch(lower, matrix)
     spec = matmul.matmul(shape=shape, fmt=matrix.fmt, scratch_bytes=per_thread)
     return Launch(node, spec, (y, At(w), At(x), residual, Scratch(node), tokens))
@@ -97,7 +107,18 @@ def _matmul_heads(lower: Lower, node: Node) -> list[Launch]:
     return [multiply(lower, node, w, x, At(node), shape, 0)]
 
 
-@lowers("up_gate", scratch=matrix_scratch)
+def coded_tokens(lower: Lower, node: Node) -> int:
+    """Most tokens of what up and gate give as a8; 0 where it is f32."""
+    return lower.size(node, 0) if node.dtype == "a8" else 0
+
+
+def gated_scratch(lower: Lower, node: Node) -> int:
+    """A panel for each thread, and room for what is yet to become a8."""
+    room = moe.waiting_bytes(lower.target, coded_tokens(lower, node))
+    return 0 if lower.few else matrix_scratch(lower, node) + lower.n_threads * room
+
+
+@lowers("up_gate", scratch=gated_scratch)
 def _up_gate(lower: Lower, node: Node) -> list[Launch]:
     """silu(gate x) * (up x)."""
     gate, up, x = node.inputs
@@ -109,10 +130,14 @@ def _up_gate(lower: Lower, node: Node) -> list[Launch]:
         "fmt_up": up.attrs["matrix"].fmt,
     }
     operands = (At(node), At(gate), At(up), At(x))
+    coded = coded_tokens(lower, node)
     if lower.few:
-        return [Launch(node, moe_few.up_gate_vec(**sizes), (*operands, lower.tokens(node)))]
-    per_thread = max(panel_scratch(lower, n.attrs["matrix"]) for n in (gate, up))
-    spec = moe.up_gate(**sizes, scratch_bytes=per_thread)
+        spec = moe_few.up_gate_vec(**sizes, coded_tokens=coded)
+        walk = walk_of(lower, gate, 1)
+        return [Launch(node, spec, (*operands, lower.tokens(node)), walk=walk)]
+    spec = moe.up_gate(
+        **sizes, coded_tokens=coded, scratch_bytes=gated_scratch(lower, node) // lower.n_threads
+    )
     return [Launch(node, spec, (*operands, Scratch(node), lower.tokens(node)))]
 
 

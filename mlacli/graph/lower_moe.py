@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from codegen.kernels import layers, moe, moe_few, router
 from mlacli.graph.lower import At, Launch, Lower, Operand, Scratch, lowers
-from mlacli.graph.lower_dense import panel_scratch, row_pitch
+from mlacli.graph.lower_dense import coded_tokens, gated_scratch, panel_scratch, row_pitch, walk_of
 from mlacli.graph.matrix import Matrix
 from mlacli.graph.node import Node
 
@@ -88,17 +88,28 @@ def _sizes(w: Node) -> dict[str, int]:
     return {"n_rows": m.n_rows, "n_cols": m.n_cols}
 
 
-@lowers("moe_up_gate", scratch=_scratch)
+@lowers("moe_up_gate", scratch=gated_scratch)
 def _moe_up_gate(lower: Lower, node: Node) -> list[Launch]:
     gate, up, x, table = node.inputs
     m: Matrix = gate.attrs["matrix"]
     formats = {"fmt_gate": m.fmt, "fmt_up": up.attrs["matrix"].fmt}
     operands = (At(node), At(gate), At(up), At(x), At(table))
     if lower.few:
-        spec = moe_few.moe_up_gate_vec(**_sizes(gate), **formats, n_used=lower.size(table, -1))
-        return [Launch(node, spec, (*operands, lower.tokens(node)))]
-    per_thread = max(panel_scratch(lower, w.attrs["matrix"]) for w in (gate, up))
-    spec = moe.moe_up_gate(**_sizes(gate), **formats, n_expert=m.n_mats, scratch_bytes=per_thread)
+        spec = moe_few.moe_up_gate_vec(
+            **_sizes(gate),
+            **formats,
+            n_used=lower.size(table, -1),
+            coded=coded_tokens(lower, node) > 0,
+        )
+        walk = walk_of(lower, gate, lower.size(table, -1), At(table))
+        return [Launch(node, spec, (*operands, lower.tokens(node)), walk=walk)]
+    spec = moe.moe_up_gate(
+        **_sizes(gate),
+        **formats,
+        n_expert=m.n_mats,
+        coded_tokens=coded_tokens(lower, node),
+        scratch_bytes=gated_scratch(lower, node) // lower.n_threads,
+    )
     return [Launch(node, spec, (*operands, Scratch(node)))]
 
 
@@ -112,7 +123,8 @@ def _moe_matmul(lower: Lower, node: Node) -> list[Launch]:
         spec = moe_few.moe_matmul_vec(
             **_sizes(w), fmt=m.fmt, n_used=lower.size(table, -1), per_slot=per_slot
         )
-        return [Launch(node, spec, (*operands, lower.tokens(node)))]
+        walk = walk_of(lower, w, lower.size(table, -1), At(table))
+        return [Launch(node, spec, (*operands, lower.tokens(node)), walk=walk)]
     spec = moe.moe_matmul(
         **_sizes(w), fmt=m.fmt, n_expert=m.n_mats, scratch_bytes=panel_scratch(lower, m)
     )

@@ -13,9 +13,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from codegen import job as job_layout
+from codegen.ahead import WALK_WORDS
 from codegen.jit import Jit
 from codegen.pool import LAUNCH_WORDS, Pool, Records, aligned_words
-from mlacli.graph.lower import At, Launch, Lower, Operand, Scratch, scratch_bytes
+from mlacli.graph.lower import At, Launch, Lower, Operand, Scratch, Walk, scratch_bytes
 from mlacli.graph.node import Dim, Node
 from mlacli.graph.plan import Plan
 
@@ -50,8 +51,13 @@ class Program:
             words = [self._address(operand) for operand in launch.operands]
             words.append(self._counters.ctypes.data + 8 * job_layout.LINE_WORDS * counter)
             self._args[at : at + len(words)] = words
-            self.table[i] = (address, self._args.ctypes.data + 8 * at, waits[i])
+            self.table[i, :3] = address, self._args.ctypes.data + 8 * at, waits[i]
             at, counter = at + len(words), counter + n_counters
+        self._walks = aligned_words(WALK_WORDS * max(1, len(launches))).reshape(-1, WALK_WORDS)
+        for i, walk in enumerate(_walks_ahead(launches)):
+            if walk:
+                self._walks[i] = self._walk_words(walk)
+                self.table[i, 3] = self._walks[i].ctypes.data
 
     @property
     def n_barriers(self) -> int:
@@ -79,6 +85,11 @@ class Program:
                 return self._memory.dims[operand]
         return operand
 
+    def _walk_words(self, walk: Walk) -> tuple[int, ...]:
+        pitch = walk.weights.attrs["matrix"].pitch
+        ids = self._address(walk.ids) if walk.ids else 0
+        return self.address(walk.weights), walk.n, walk.parts, pitch, walk.part_bytes, ids
+
     def _span(self, lower: Lower, operand: Operand) -> Span | None:
         """The arena or cache bytes behind an operand; None for what no kernel writes."""
         if isinstance(operand, Scratch):
@@ -89,6 +100,25 @@ class Program:
         owner = operand.node.storage
         start = self.address(owner)
         return start, start + (1 if owner.op == "cache" else owner.nbytes(self._bounds))
+
+
+def _walks_ahead(launches: list[Launch]) -> list[Walk | None]:
+    """For each launch that reads weights: the walk of the next one, if the experts that it reads
+    are known by then."""
+    result: list[Walk | None] = [None] * len(launches)
+    ahead: Walk | None = None
+    written: set[Node] = set()
+    for i in reversed(range(len(launches))):
+        written.add(launches[i].node.storage)
+        if any(_is_matrix(operand) for operand in launches[i].operands):
+            is_known = ahead and not (ahead.ids and ahead.ids.node.storage in written)
+            result[i], ahead, written = ahead if is_known else None, launches[i].walk, set()
+    return result
+
+
+def _is_matrix(operand: Operand) -> bool:
+    matrix = operand.node.attrs.get("matrix") if isinstance(operand, At) else None
+    return matrix is not None and matrix.n_rows > 1
 
 
 def _barriers(launches: list[Launch], span: Callable[[Operand], Span | None]) -> list[int]:

@@ -65,9 +65,14 @@ class Builder:
     def tensor(self, name: str) -> Node:
         return self.weight(self.weights.matrix(name))
 
+    @staticmethod
+    def dtype_for(weight: Node) -> str:
+        """What a weight's kernels multiply it with."""
+        return "a8" if weight.attrs["matrix"].fmt.integer_dot else "f32"
+
     def activations(self, x: Node, weight: Node) -> Node:
         """x as the weight's kernels want it; quantised once for all its readers."""
-        if not weight.attrs["matrix"].fmt.integer_dot:
+        if x.dtype == self.dtype_for(weight):
             return x
         if x not in self._quantised:
             self._quantised[x] = self.graph.add("quantize", "a8", x.shape, x, name=x.name + "_q")

@@ -27,9 +27,10 @@ def dense(b: Builder, layer: int, h: Node, x: Node, suffix: str) -> Node:
     gate, up = _gate_and_up(b, blk, suffix)
     shape = (h.shape[0], gate.shape[1])
     act = b.activations(h, gate)
-    name = f"ffn_act{suffix}-{layer}"
-    hidden = b.graph.add("up_gate", "f32", shape, gate, up, act, name=name)
-    return linear(b, hidden, f"{blk}down{suffix}.weight", f"ffn_out{suffix}-{layer}", residual=x)
+    name, down = f"ffn_act{suffix}-{layer}", f"{blk}down{suffix}.weight"
+    dtype = b.dtype_for(b.tensor(down))
+    hidden = b.graph.add("up_gate", dtype, shape, gate, up, act, name=name)
+    return linear(b, hidden, down, f"ffn_out{suffix}-{layer}", residual=x)
 
 
 def experts(b: Builder, layer: int, h: Node, x: Node) -> Node:
@@ -53,7 +54,7 @@ def experts(b: Builder, layer: int, h: Node, x: Node) -> Node:
         name = f"ffn_moe_rows-{layer}"
         act = g.add("gather_rows", act.dtype, (*slots, c.n_embd), act, groups, name=name)
         tables = (groups, routing)
-    hidden = b.activations(_gated(b, layer, gate, up, act, tables[0]), down)
+    hidden = b.activations(_gated(b, layer, gate, up, act, tables[0], b.dtype_for(down)), down)
     out = f"ffn_moe_out-{layer}"
     if b.options.fmoe and not b.options.few:
         inplace = 2 + len(tables)
@@ -67,11 +68,14 @@ def experts(b: Builder, layer: int, h: Node, x: Node) -> Node:
     return g.add("moe_sum", "f32", x.shape, z, *tables, x, name=out, inplace=3)
 
 
-def _gated(b: Builder, layer: int, gate: Node, up: Node, act: Node, table: Node) -> Node:
-    """silu(gate x) * (up x) of each slot's expert: one op with -fmoe, else three."""
+def _gated(
+    b: Builder, layer: int, gate: Node, up: Node, act: Node, table: Node, dtype: str
+) -> Node:
+    """silu(gate x) * (up x) of each slot's expert: one op with -fmoe, else three. That one makes
+    its result what the next matrix reads, `dtype`."""
     g, shape = b.graph, (*table.shape[:2], gate.shape[1])
     if b.options.fmoe:
-        return g.add("moe_up_gate", "f32", shape, gate, up, act, table, name=f"ffn_moe_act-{layer}")
+        return g.add("moe_up_gate", dtype, shape, gate, up, act, table, name=f"ffn_moe_act-{layer}")
     gated = g.add("moe_matmul", "f32", shape, gate, act, table, name=f"ffn_moe_gate-{layer}")
     raised = g.add("moe_matmul", "f32", shape, up, act, table, name=f"ffn_moe_up-{layer}")
     name = f"ffn_moe_silu-{layer}"

@@ -12,6 +12,7 @@ import pytest
 from codegen.formats import F32, IQ4_NL, Q8_0, BlockFormat
 from codegen.kernel import KernelSpec
 from codegen.kernels import moe, moe_few
+from codegen.kernels.activations import quantize, row_bytes
 from codegen.kernels.layers import silu_mul
 from codegen.kernels.panel import panel_bytes
 from codegen.kernels.router import moe_sum
@@ -118,8 +119,9 @@ class Layer:
         (gate, gate_sizes), (up, up_sizes) = self.product(self.gate, x), self.product(self.up, x)
         return gated(gate, up, gate_sizes, up_sizes)
 
-    def scratch(self) -> tuple[Array, int]:
+    def scratch(self, coded_tokens: int = 0) -> tuple[Array, int]:
         room = -(-panel_bytes(self.target, self.fmt, self.n_cols) // 64) * 64
+        room += moe.waiting_bytes(self.target, coded_tokens)
         return np.zeros(MOST_THREADS * room, np.uint8), room
 
     @property
@@ -143,11 +145,24 @@ def result(n_rows: int, n_values: int) -> Array:
 Run = tuple[KernelSpec, dict[str, Any]]
 
 
-def prompt_gate(layer: Layer, x: Rows) -> Run:
-    scratch, room = layer.scratch()
-    spec = moe.moe_up_gate(**layer.pair, n_expert=N_EXPERT, scratch_bytes=room)
+def codes(n_rows: int, n_values: int) -> Array:
+    return np.zeros((n_rows, row_bytes(n_values)), np.uint8)
+
+
+def as_codes(layer: Layer, rows: Array) -> Array:
+    """f32 rows, quantised by a kernel of its own."""
+    found = codes(len(rows), layer.n_rows)
+    args: dict[str, Any] = {"y": found, "x": rows, "n_tokens": len(rows)}
+    run_kernel(quantize(n=layer.n_rows), layer.target, args, 1)
+    return found
+
+
+def prompt_gate(layer: Layer, x: Rows, coded: bool = False) -> Run:
+    most = layer.n_tokens if coded else 0
+    scratch, room = layer.scratch(most)
+    spec = moe.moe_up_gate(**layer.pair, n_expert=N_EXPERT, scratch_bytes=room, coded_tokens=most)
     rows = x.data[layer.kept // N_USED]
-    y = result(len(rows), layer.n_rows)
+    y = (codes if coded else result)(len(rows), layer.n_rows)
     table = {"offsets": layer.groups[0], "scratch": scratch}
     return spec, {"y": y, "gate": layer.gate.data, "up": layer.up.data, "x": rows} | table
 
@@ -172,11 +187,34 @@ def prompt_down(layer: Layer, x: Rows, y: Array) -> Run:
     return spec, {"y": y.copy()} | inputs | tables
 
 
-def few_gate(layer: Layer, x: Rows) -> Run:
-    spec = moe_few.moe_up_gate_vec(**layer.pair, n_used=N_USED)
-    y = result(layer.n_slots, layer.n_rows)
+def few_gate(layer: Layer, x: Rows, coded: bool = False) -> Run:
+    spec = moe_few.moe_up_gate_vec(**layer.pair, n_used=N_USED, coded=coded)
+    y = (codes if coded else result)(layer.n_slots, layer.n_rows)
     weights = {"gate": layer.gate.data, "up": layer.up.data}
     return spec, {"y": y, "x": x.data, "ids": layer.ids, "n_tokens": layer.n_tokens} | weights
+
+
+def first_expert(layer: Layer, x: Rows, coded: bool) -> dict[str, Any]:
+    size = layer.n_rows * layer.fmt.row_bytes(layer.n_cols)
+    return {
+        "y": (codes if coded else result)(layer.n_tokens, layer.n_rows),
+        "gate": layer.gate.data.reshape(-1)[:size],
+        "up": layer.up.data.reshape(-1)[:size],
+        "x": x.data,
+        "n_tokens": layer.n_tokens,
+    }
+
+
+def dense_few_gate(layer: Layer, x: Rows, coded: bool = False) -> Run:
+    most = layer.n_tokens if coded else 0
+    return moe_few.up_gate_vec(**layer.pair, coded_tokens=most), first_expert(layer, x, coded)
+
+
+def dense_gate(layer: Layer, x: Rows, coded: bool = False) -> Run:
+    most = layer.n_tokens if coded else 0
+    scratch, room = layer.scratch(most)
+    spec = moe.up_gate(**layer.pair, scratch_bytes=room, coded_tokens=most)
+    return spec, first_expert(layer, x, coded) | {"scratch": scratch}
 
 
 def few_matmul(layer: Layer, w: Rows, x: Rows, per_slot: bool) -> Run:
@@ -274,20 +312,23 @@ def test_one_expert_for_all(target: Target, fmt: BlockFormat) -> None:
         gate, up = (layer.experts(w)[0] for w in (layer.gate, layer.up))
         parts = [(w @ x.values.T).T for w in (gate, up)]
         sizes = [(np.abs(w) @ np.abs(x.values).T).T for w in (gate, up)]
-        scratch, room = layer.scratch()
-        size = n_rows * layer.fmt.row_bytes(n_cols)
-        args = {
-            "y": result(n_tokens, n_rows),
-            "gate": layer.gate.data.reshape(-1)[:size],
-            "up": layer.up.data.reshape(-1)[:size],
-            "x": x.data,
-            "n_tokens": n_tokens,
-        }
-        few = (moe_few.up_gate_vec(**layer.pair), args)
-        many = (moe.up_gate(**layer.pair, scratch_bytes=room), args | {"scratch": scratch})
-        for case in (few, many):
+        for case in (dense_few_gate(layer, x), dense_gate(layer, x)):
             assert_close(run(layer, case), *gated(*parts, *sizes))
             if n_tokens == 17:
+                check_harder(layer, case)
+
+
+@each_target
+@pytest.mark.parametrize("n_rows", [32, 64, 160])
+def test_up_and_gate_as_codes(target: Target, n_rows: int) -> None:
+    """a8 rows are what quantising the f32 rows gives, bit by bit; also those of dropped slots."""
+    for n_tokens in (1, 5, 130):
+        layer = Layer(target, IQ4_NL, n_rows, 96, n_tokens)
+        x = layer.inputs(n_tokens)
+        for make in (prompt_gate, few_gate, dense_few_gate, dense_gate):
+            wanted, case = as_codes(layer, run(layer, make(layer, x))), make(layer, x, coded=True)
+            assert run(layer, case).tobytes() == wanted.tobytes()
+            if n_tokens == 5:
                 check_harder(layer, case)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import threading
 import time
 from pathlib import Path
@@ -10,10 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 
+from codegen.ahead import WALK_WORDS
 from codegen.cache_dir import ObjectCache
 from codegen.jit import Jit
 from mlacli.engine import Cancelled
 from mlacli.errors import SpaceError, UsageError
+from mlacli.graph.node import Node
+from mlacli.graph.program import Program
 from mlacli.model.choose import MachineProfile
 from tests import reference
 from tests.conftest import TinyModel
@@ -203,3 +207,52 @@ def test_machines_with_other_rates_choose_other_paths(tiny_model: TinyModel) -> 
         runs[chosen] = engine.eval(TOKENS[100:], range(100, 150), wanted=range(50)).copy()
     assert not np.array_equal(runs["absorbed"], runs["expanded"])
     assert reference.nmse(runs["absorbed"], runs["expanded"]) <= EXACT
+
+
+# -- memory asked for ahead -----------------------------------------------------------------------
+
+READERS = ("matmul", "up_gate", "absorb_q", "matmul_heads", "moe_up_gate", "moe_matmul")
+
+
+def test_what_reads_weights_asks_for_the_next_ones(tiny_model: TinyModel) -> None:
+    """Also for the chosen experts' once they are known; the last one of a step for nothing."""
+    engine = make_engine(tiny_model("tiny-v3", "IQ4_NL"), type_k="f32")
+    program = engine.program("few")
+    nodes = program.nodes
+    weights = [node.inputs[0] for node in nodes]
+    readers = [
+        i
+        for i, node in enumerate(nodes)
+        if node.op in READERS and _is_matrix(weights[i]) and node is not nodes[i - 1]
+    ]  # absorb_q has two launches, the second one rotates
+    asked = {i: words for i in range(len(nodes)) if (words := _walk(program, i))}
+    assert set(asked) <= {0, *readers}  # the first launch looks up embeddings
+    for i, after in zip([0, *readers], [*readers, None], strict=True):
+        if after is None or nodes[after].op == "moe_up_gate":
+            assert i not in asked  # nothing is left, or experts are yet to be chosen
+            continue
+        base, n, parts, pitch, part_bytes, ids = asked[i]
+        matrix = weights[after].attrs["matrix"]
+        assert base == engine.model.weights.address(matrix)
+        chosen = nodes[after].op == "moe_matmul"
+        assert (n, pitch, ids != 0) == (
+            engine.model.config.n_expert_used if chosen else matrix.n_mats,
+            matrix.pitch,
+            chosen,
+        )
+        rows = part_bytes // matrix.fmt.row_bytes(matrix.n_cols)
+        assert rows % 32 == 0 and (parts - 1) * rows < matrix.n_rows <= parts * rows
+
+
+def test_batches_ask_for_nothing_ahead(tiny_model: TinyModel) -> None:
+    engine = make_engine(tiny_model("tiny-v3", "IQ4_NL"), type_k="f32")
+    assert not engine.program("absorbed").table[:, 3].any()
+
+
+def _is_matrix(node: Node) -> bool:
+    return node.op == "weight" and node.attrs["matrix"].n_rows > 1
+
+
+def _walk(program: Program, i: int) -> tuple[int, ...]:
+    address = int(program.table[i, 3])
+    return tuple((ctypes.c_int64 * WALK_WORDS).from_address(address)) if address else ()
