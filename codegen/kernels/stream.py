@@ -80,9 +80,9 @@ def tiles_ahead(k: Kernel, n: Any, *, one_by_one: bool = False) -> Iterator[tupl
 
 @contextmanager
 def parts_ahead(k: Kernel, n: Any, *, most: int) -> Iterator[tuple[Value, Value, Value]]:
-    """(first, stop, first of this thread's next part) of parts of range(n), large ones first: a
-    fraction of what is left, at most `most`. For work that is cheaper by the part."""
-    shares = _Shares(k, k.const(n, i64), fraction=CLAIM, most=most)
+    """(first, stop, first of this thread's next part) of parts of range(n), large ones first: half
+    of what is left, at most `most`. For work that is cheaper by the part."""
+    shares = _Shares(k, k.const(n, i64), fraction=2, most=most)
     stop = k.var(k.const(0, i64))
     next_stop = k.var(k.const(0, i64))
 
