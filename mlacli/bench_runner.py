@@ -6,7 +6,7 @@ import math
 import resource
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from codegen.jit import Jit
 from codegen.pool import Pool
 from mlacli.bench import BenchCase, BenchResult, ModelFacts
 from mlacli.engine import Cancelled, Engine, Model, load_model
-from mlacli.errors import Interrupted
+from mlacli.errors import Interrupted, SpaceError
 from mlacli.machine import Peaks, Roof, cpu_name, machine_profile, make_jit, mean_peaks
 from mlacli.profile import Profiles
 from mlacli.profile_table import profile_lines
@@ -27,8 +27,10 @@ from mlacli.settings import RunSettings
 
 @dataclass
 class EngineRunner:
-    """A `Runner`. Consecutive cases with the same settings share an engine."""
+    """A `Runner`. Consecutive cases that only differ in their tests share an engine: it has room
+    for the largest of them, if there is memory, and keeps its cache from depth to depth."""
 
+    cases: Sequence[BenchCase]
     repetitions: int
     warmup: bool
     roof: bool
@@ -106,7 +108,8 @@ class EngineRunner:
             engine.eval(_tokens(engine, at - have), range(have, at))
 
     def _engine_for(self, settings: RunSettings) -> Engine:
-        if self._engine is not None and self._engine[0] == settings:
+        needed, kind = max(settings.n_ctx or 1, 1), replace(settings, n_ctx=0)
+        if self._engine is not None and self._engine[0] == kind and self._engine[1].n_ctx >= needed:
             return self._engine[1]
         self._engine = None  # its memory is free before the next one takes its own
         self._jit = self._jit or make_jit()
@@ -121,13 +124,21 @@ class EngineRunner:
             self._models.clear()
             model = load_model(settings.model, mmap=settings.mmap, huge=settings.thp)
             self._models[opened] = model
-        profile = machine_profile(self._jit, self._pool, settings.n_threads_batch)
-        n_ctx = max(settings.n_ctx or 1, 1)
-        engine = Engine(
-            self._models[opened], settings, self._jit, profile, n_ctx=n_ctx, pool=self._pool
-        )
-        self._engine = (settings, engine)
+        alike = (c.settings for c in self.cases if replace(c.settings, n_ctx=0) == kind)
+        most = max([needed, *(other.n_ctx or 1 for other in alike)])
+        try:
+            engine = self._new_engine(self._models[opened], settings, most)
+        except SpaceError:
+            if most == needed:
+                raise
+            engine = self._new_engine(self._models[opened], settings, needed)
+        self._engine = (kind, engine)
         return engine
+
+    def _new_engine(self, model: Model, settings: RunSettings, n_ctx: int) -> Engine:
+        assert self._jit is not None and self._pool is not None
+        profile = machine_profile(self._jit, self._pool, settings.n_threads_batch)
+        return Engine(model, settings, self._jit, profile, n_ctx=n_ctx, pool=self._pool)
 
     def _roof(self, case: BenchCase) -> Roof:
         assert self._jit is not None and self._pool is not None

@@ -233,8 +233,10 @@ def _bench(monkeypatch: pytest.MonkeyPatch, broken: Callable[[BenchCase], bool])
     class EngineRunner:
         notes = ("the object cache is cold",)
 
-        def __init__(self, *, repetitions: int, warmup: bool, **flags: bool) -> None:
-            self.samples = (10**9,) * repetitions
+        def __init__(
+            self, cases: Sequence[BenchCase], *, repetitions: int, warmup: bool, **flags: bool
+        ) -> None:
+            self.cases, self.samples = cases, (10**9,) * repetitions
             assert warmup and flags.keys() == {"roof", "profile", "verbose"}
 
         def __call__(self, case: BenchCase) -> BenchResult:
@@ -261,7 +263,10 @@ def test_bench_prints_the_table(
     assert [row[-2].strip() for row in rows[2:]] == ["pp16", "pp32"] * 2
     assert [row[5].strip() for row in rows[2:]] == ["0", "0", "1", "1"]
     assert rows[2][-1].strip() == "16.00 ± 0.00"
-    assert printed.err.splitlines()[-2:] == ["4/4: pp32 done", "note: the object cache is cold"]
+    assert printed.err.splitlines()[-2:] == [
+        "4/4: pp32 32.00 t/s",
+        "note: the object cache is cold",
+    ]
 
 
 def test_bench_with_a_failed_case_exits_1(

@@ -108,12 +108,16 @@ def bench(
 
     from mlacli.bench_runner import EngineRunner
 
-    runner = EngineRunner(repetitions=n, warmup=warm, roof=roof, profile=profile, verbose=verbose)
+    runner = EngineRunner(
+        cases, repetitions=n, warmup=warm, roof=roof, profile=profile, verbose=verbose
+    )
     rows: list[benching.BenchRow] = []
     try:
         for row in benching.run_cases(cases, runner):
             rows.append(row)
-            console.note(f"{len(rows)}/{len(cases)}: {row.case.test} {row.error or 'done'}")
+            console.note(
+                f"{len(rows)}/{len(cases)}: {row.case.test} {row.error or f'{row.avg_ts:.2f} t/s'}"
+            )
             for line in row.result.profile if row.result else ():
                 console.note(line)
     finally:  # what was measured is shown even when the rest is stopped
