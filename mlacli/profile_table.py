@@ -10,6 +10,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from codegen.kernels.roof import OPERATIONS
 from mlacli.cache import CacheLayout
 from mlacli.graph.node import Node
 from mlacli.machine import Peaks
@@ -139,7 +140,14 @@ def profile_lines(
                 disable_numparse=True,
             ).splitlines(),
         ]
-    return [*lines, ""]
+    return [*lines, machine_line(peaks), ""]
+
+
+def machine_line(peaks: Peaks) -> str:
+    """What limits are made of; an operation is a multiplication or an addition."""
+    kinds = ((kind, getattr(peaks, kind)) for kind in OPERATIONS)
+    rates = ", ".join(f"{kind} {_number(2 * rate / 1e12)} TOP/s" for kind, rate in kinds)
+    return f"machine: {rates}, read {peaks.bandwidth / 1e9:.1f} GB/s"
 
 
 def _unit(profile: Profile) -> str:

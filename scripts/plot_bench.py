@@ -1,11 +1,12 @@
-"""Draws tokens per second from files that `mlacli bench -o jsonl` or a llama-bench wrote.
+"""Draws tokens per second from files that `mlacli bench -o jsonl`, a llama-bench or a
+llama-sweep-bench (--output-format jsonl) wrote.
 
     python scripts/plot_bench.py out.svg --x depth 'mlacli -mla 3=a.jsonl' 'ik=b.jsonl'
 
 A file gives one line per kind of test in it (prompt or generation) and, if -mla was a list, per
 mode. `--x` is what goes along: `depth` (tokens before the ones that are timed; for a llama-bench
-without -d, the prompt of -gp), `prompt` or `ubatch`. Rows of equal x become their median. Needs the
-extra `plot` (matplotlib).
+without -d, the prompt of -gp), `prompt` or `ubatch`; `--kind` leaves the other kind of test out.
+Rows of equal x become their median. Needs the extra `plot` (matplotlib).
 """
 
 from __future__ import annotations
@@ -39,11 +40,26 @@ def rows_of(path: Path) -> list[Row]:
             continue
         try:
             row = json.loads(text)
-            row["avg_ts"], row["n_prompt"], row["n_gen"]
+            found = swept(row) if "speed_pp" in row else [row]
+            for one in found:
+                one["avg_ts"], one["n_prompt"], one["n_gen"]
         except (ValueError, KeyError, TypeError) as problem:
             raise ValueError(f"{path}:{number}: not a row of a bench ({problem})") from problem
-        rows.append(row)
+        rows += found
     return rows
+
+
+def swept(row: Row) -> list[Row]:
+    """llama-sweep-bench times a prompt and generation behind n_kv tokens."""
+    common = {"n_depth": row["n_kv"], "n_ubatch": row["n_ubatch"]}
+    return [
+        {"n_prompt": row["pp"], "n_gen": 0, "avg_ts": row["speed_pp"], **common},
+        {"n_prompt": 0, "n_gen": row["tg"], "avg_ts": row["speed_tg"], **common},
+    ]
+
+
+def of_kind(rows: Iterable[Row], kind: str | None) -> list[Row]:
+    return [row for row in rows if kind in (None, "generation" if row["n_gen"] else "prompt")]
 
 
 def place(row: Row, x: str) -> int:
@@ -73,6 +89,7 @@ def lines_of(name: str, rows: Iterable[Row], x: str) -> list[Line]:
     ]
 
 
+KINDS = ("prompt", "generation")
 LABELS = {
     "depth": "tokens in the cache",
     "prompt": "tokens of the prompt",
@@ -103,6 +120,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("out", type=Path, help=".svg, .png or .pdf")
     parser.add_argument("files", nargs="+", metavar="name=file.jsonl")
     parser.add_argument("--x", choices=LABELS, default="depth")
+    parser.add_argument("--kind", choices=KINDS)
     parser.add_argument("--title", default="")
     given = parser.parse_args(argv)
     lines: list[Line] = []
@@ -111,7 +129,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not equals:
             parser.error(f"{text!r}: 'name=file.jsonl' is wanted")
         try:
-            lines += lines_of(name, rows_of(Path(path)), given.x)
+            lines += lines_of(name, of_kind(rows_of(Path(path)), given.kind), given.x)
         except (OSError, ValueError) as problem:
             parser.error(str(problem))
     draw(lines, given.x, given.title, given.out)

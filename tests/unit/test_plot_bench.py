@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from scripts.plot_bench import Line, lines_of, main, rows_of
+from scripts.plot_bench import Line, lines_of, main, of_kind, rows_of
 
 DEPTHS = [
     {"n_prompt": 0, "n_gen": 32, "n_depth": depth, "mla": mla, "avg_ts": 20.0 - mla - depth / 1024}
@@ -31,6 +31,18 @@ def test_a_peer_without_depth_has_its_prompt_there() -> None:
 def test_prompts_and_generation_are_two_lines() -> None:
     rows = [{"n_prompt": 7, "n_gen": 0, "avg_ts": 3.0}, {"n_prompt": 0, "n_gen": 4, "avg_ts": 5.0}]
     assert [line.name for line in lines_of("a", rows, "prompt")] == ["a prompt", "a generation"]
+
+
+def test_a_row_of_a_sweep_is_two_of_a_bench(tmp_path: Path) -> None:
+    row = {"n_ubatch": 512, "pp": 512, "tg": 8, "n_kv": 1024, "speed_pp": 60.5, "speed_tg": 9.25}
+    (tmp_path / "sweep.jsonl").write_text(json.dumps(row | {"t_pp": 1.0, "t_tg": 1.0}))
+    found = rows_of(tmp_path / "sweep.jsonl")
+    assert lines_of("ik", of_kind(found, "prompt"), "depth") == [Line("ik", ((1024, 60.5),))]
+    assert lines_of("ik", of_kind(found, "generation"), "depth") == [Line("ik", ((1024, 9.25),))]
+    assert of_kind(found, None) == found
+    (tmp_path / "bad.jsonl").write_text('{"speed_pp": 1.0}')
+    with pytest.raises(ValueError, match=r"bad\.jsonl:1.*n_kv"):
+        rows_of(tmp_path / "bad.jsonl")
 
 
 def test_files_that_are_no_bench(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 
@@ -116,3 +118,7 @@ def test_lines_say_what_the_numbers_are_per(tiny_model: TinyModel) -> None:
     engine.eval([1], [64])
     (heading,) = profile_lines("tg1", profile, layout, PEAKS)[1:2]
     assert heading == "profile of tg1: per token, mean of 1"
+    last = profile_lines("tg1", profile, layout, PEAKS)[-2]
+    assert re.fullmatch(
+        r"machine: int8 \S+ TOP/s, bf16 \S+ TOP/s, f32 \S+ TOP/s, read \S+ GB/s", last
+    )
