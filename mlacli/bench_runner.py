@@ -137,7 +137,7 @@ class EngineRunner:
 
     def _new_engine(self, model: Model, settings: RunSettings, n_ctx: int) -> Engine:
         assert self._jit is not None and self._pool is not None
-        profile = machine_profile(self._jit, self._pool, settings.n_threads_batch)
+        profile = machine_profile(self._jit, self._pool, settings)
         return Engine(model, settings, self._jit, profile, n_ctx=n_ctx, pool=self._pool)
 
     def _roof(self, case: BenchCase) -> Roof:

@@ -1,7 +1,7 @@
 """Rates of the kernels between which -mla 3 chooses, measured on small made-up data.
 
-Shapes are DeepSeek-V2-Lite's; rates hardly depend on them. Takes about 0.1 s once the kernels are
-compiled, and is done once per machine (mlacli/machine.py keeps the result).
+Shapes are DeepSeek-V2-Lite's; rates hardly depend on them. Takes about 0.2 s once the kernels are
+compiled, and is done once per machine and type of cache (mlacli/machine.py keeps the result).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from codegen.call import Call, aligned_bytes
-from codegen.formats import F16, F32, Q8_0, BlockFormat
+from codegen.formats import CACHE_FORMATS, F32, Q8_0, BlockFormat
 from codegen.jit import Jit
 from codegen.kernels import attention
 from codegen.kernels.activations import row_bytes
@@ -24,14 +24,15 @@ from codegen.pool import Pool
 from mlacli.model.choose import MachineProfile
 
 HEADS, LORA, ROPE, NOPE, VALUE = 16, 512, 64, 128, 128
-TOKENS, ROWS, EXPANDED_ROWS = 32, 512, 256
+TOKENS, ROWS, EXPANDED_ROWS = 128, 1024, 256  # near where both paths take the same time
 _RUNS = 7
 
 
-def measure_profile(jit: Jit, pool: Pool, n_threads: int) -> MachineProfile:
+def measure_profile(jit: Jit, pool: Pool, n_threads: int, type_k: str) -> MachineProfile:
     """Multiply-adds per second of the absorbed and expanded inner loops and of the expansion."""
+    fmt = CACHE_FORMATS[type_k]
     return MachineProfile(
-        absorbed_rate=_attention_rate(jit, pool, n_threads, ABSORBED, LORA + ROPE, LORA, F16),
+        absorbed_rate=_attention_rate(jit, pool, n_threads, ABSORBED, LORA + ROPE, LORA, fmt),
         # Expanded keys and values are codes of as many bits as those of Q8_0 rows.
         expanded_rate=_attention_rate(jit, pool, n_threads, STANDARD, NOPE + ROPE, VALUE, Q8_0),
         expansion_rate_int8=_expansion_rate(jit, pool, n_threads, Q8_0),

@@ -78,7 +78,7 @@ class Engine:
         model: Model,
         settings: RunSettings,
         jit: Jit,
-        profile: MachineProfile,
+        profile: MachineProfile | None,
         *,
         n_ctx: int,
         n_out_max: int = 1,

@@ -32,7 +32,8 @@ from mlacli.cpu_count import available_cpus
 from mlacli.debug import ENV
 from mlacli.errors import UsageError
 from mlacli.memory import allocate, mostly_huge
-from mlacli.model.choose import MachineProfile
+from mlacli.model.choose import MachineProfile, is_measured
+from mlacli.settings import RunSettings
 
 _ROUNDS = 100_000
 _READ_BYTES = 256 << 20
@@ -112,22 +113,26 @@ def best_of(run: Callable[[], object], times: int) -> float:
     return min(seconds)
 
 
-def machine_profile(jit: Jit, pool: Pool, n_threads: int) -> MachineProfile:
-    """The kept profile of this machine, target and thread count; measured when there is none."""
-    kept = kept_profile(jit.target, n_threads)
+def machine_profile(jit: Jit, pool: Pool, settings: RunSettings) -> MachineProfile | None:
+    """The kept profile of this machine, target, thread count and cache type; measured when there is
+    none. None where nothing is chosen by it."""
+    if not is_measured(settings):
+        return None
+    n_threads, type_k = settings.n_threads_batch, settings.type_k
+    kept = kept_profile(jit.target, n_threads, type_k)
     if kept is not None:
         return kept
-    profile = measure_profile(jit, pool, n_threads)
-    path = _profile_path(jit.target, n_threads)
+    profile = measure_profile(jit, pool, n_threads, type_k)
+    path = _profile_path(jit.target, n_threads, type_k)
     if path is not None:
         with contextlib.suppress(OSError):
             _write(path, json.dumps(asdict(profile)))
     return profile
 
 
-def kept_profile(target: Target, n_threads: int) -> MachineProfile | None:
+def kept_profile(target: Target, n_threads: int, type_k: str) -> MachineProfile | None:
     """What an earlier run measured; None when there was none, or when it makes no sense."""
-    path = _profile_path(target, n_threads)
+    path = _profile_path(target, n_threads, type_k)
     if path is None:
         return None
     with contextlib.suppress(OSError, ValueError, TypeError):
@@ -137,8 +142,8 @@ def kept_profile(target: Target, n_threads: int) -> MachineProfile | None:
     return None
 
 
-def _profile_path(target: Target, n_threads: int) -> Path | None:
-    parts = "\0".join((repr(target), version(), str(n_threads)))
+def _profile_path(target: Target, n_threads: int, type_k: str) -> Path | None:
+    parts = "\0".join((repr(target), version(), str(n_threads), type_k))
     digest = hashlib.sha256(parts.encode()).hexdigest()[:16]
     folder = ENV.cache_dir
     return folder / f"machine-{digest}.json" if folder else None

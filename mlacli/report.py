@@ -156,7 +156,7 @@ def make_report(settings: RunSettings, available: int | None = None) -> Report:
     n_ctx = wanted_context(config, settings, available, note)
     plan = plan_context(config, model.weights, settings, target, n_ctx=n_ctx)
     integer = model.weights.v_b(0).fmt.integer_dot
-    cost = CostModel(kept_profile(target, settings.n_threads_batch), integer)
+    cost = CostModel(kept_profile(target, settings.n_threads_batch, settings.type_k), integer)
     return Report(
         model=_model_facts(model),
         mla=settings.mla,

@@ -192,7 +192,7 @@ def start_engine(
 ) -> Engine:
     """An engine whose -mla 3 knows this machine."""
     pool = Pool(jit, max(settings.n_threads, settings.n_threads_batch))
-    profile = machine_profile(jit, pool, settings.n_threads_batch)
+    profile = machine_profile(jit, pool, settings)
     return Engine(model, settings, jit, profile, n_ctx=n_ctx, n_out_max=n_out_max, pool=pool)
 
 

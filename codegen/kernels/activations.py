@@ -82,6 +82,12 @@ def store_codes(k: Kernel, row: Pointer, n: int, block: Value, x: list[Value]) -
     place.at(2 * (n // BLOCK))[block] = d * -MAGIC
 
 
+def block_numbers(row: Pointer, n: int, block: Value) -> list[Pointer]:
+    """Where d, start and offset of a block lie."""
+    at = row.bytes(scales_offset(n), f32).at(block)
+    return [at.at(i * (n // BLOCK)) for i in range(3)]
+
+
 def load_start(row: Pointer, n: int, block: Value) -> Value:
     """What the integer sum of a block begins at, in every lane."""
     at = row.bytes(scales_offset(n), i32).at(n // BLOCK)

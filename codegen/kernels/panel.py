@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from codegen.dtypes import f32, i8, i32, i64
 from codegen.formats import BlockFormat
-from codegen.kernels.activations import load_start, scaled
+from codegen.kernels.activations import block_numbers, load_start, scaled
 from codegen.kernels.blocks import BLOCK
 from codegen.kernels.interleave import COLUMNS, GROUPS
 from codegen.kernels.panel_decode import (
@@ -137,6 +137,9 @@ def _multiply_codes(
     """
     k, n = panel.k, panel.k.target.lanes
     weight_type, columns = k.target.weight_type * (COLUMNS * n), range(vectors(k.target))
+    for row in rows:  # what belongs to the next tile's codes; the codes are asked for below
+        for at in block_numbers(row.bytes(x_pitch * len(rows)), panel.n_cols, part.first):
+            k.prefetch(at, L1)
     with k.loop(0, part.count) as i:
         ask(TILE_LINES)
         b, codes, accs = part.first + i, panel.codes(i), []

@@ -9,6 +9,7 @@ read as a group, lane = row.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from codegen.dtypes import f32, i8, i32, i64
@@ -28,6 +29,7 @@ from codegen.kernels.spread import (
     meets_spread_rows,
     pieces,
     scales,
+    steps,
 )
 from codegen.kernels.stream import FAR_BYTES, NEAR_BYTES, Stream, ask
 from codegen.values import Pointer, Value
@@ -37,6 +39,8 @@ if TYPE_CHECKING:
     from codegen.builder import Kernel
 
 CHAINS = 2
+DISTANCES = (FAR_BYTES, NEAR_BYTES)
+LONG_ROWS, LONG_BYTES = 4, 16384  # of activations: LONG_ROWS share a walk through more than so many
 Store = Callable[[Value, Value], None]  # (token, sums of some rows for it)
 
 
@@ -92,7 +96,7 @@ def _group_dots(k: Kernel, fmt: BlockFormat, rows: Stream, x: Inputs) -> Callabl
     step = n * fmt.block_bytes  # to the walk, a group's block is a row
     first = Stream(rows.first, n_blocks, rows.following)
     with k.loop(0, n_blocks) as b:
-        far, near = (first.ahead(k, b, distance, step) for distance in (FAR_BYTES, NEAR_BYTES))
+        far, near = (first.ahead(k, b, distance, step) for distance in DISTANCES)
         ask(k, far, near, k.const(0, i64), step)
         groups, scale = repacked.load_block(k, fmt, rows.first, b)
 
@@ -120,20 +124,45 @@ def block_dot(k: Kernel, groups: list[Value], x: Pointer, b: Value, n_cols: int)
 
 # -- row by row -----------------------------------------------------------------------------------
 
-# (row, far and near rows to ask for, where the row's sums of token 0 lie)
-RowDot = Callable[[Pointer, Pointer, Pointer, Pointer], None]
+
+@dataclass(frozen=True)
+class Row:
+    """A row, the rows to ask for meanwhile, and where its sums of token 0 lie."""
+
+    at: Pointer
+    far: Pointer
+    near: Pointer
+    totals: Pointer
 
 
-def _row_by_row(k: Kernel, rows: Stream, pitch: int, x: Inputs, dot: RowDot) -> Pointer:
-    """Calls dot for each row; returns its sums: token t's of row i at (t * lanes + i) * lanes."""
+def _row_by_row(
+    k: Kernel,
+    rows: Stream,
+    pitch: int,
+    x: Inputs,
+    dot: Callable[[list[Row]], None],
+    together: int = 1,
+) -> Pointer:
+    """Calls dot for each row, or for some together; returns the sums: token t's of row i lie at
+    (t * lanes + i) * lanes."""
     n = k.target.lanes
     parked = k.stack(f32 * n, n * _capacity(x)).at(0, f32)
-    with k.loop(0, rows.n_rows) as i:
-        far, near = (rows.ahead(k, i, distance, pitch) for distance in (FAR_BYTES, NEAR_BYTES))
-        totals = parked.at(i * n)
-        _each(k, x.count, lambda t: totals.at(t * (n * n)).store(k.zeros(f32 * n)))
-        dot(rows.first.bytes(i * pitch), far, near, totals)
+    with k.loop(0, rows.n_rows, together) as first:
+        found = []
+        for j in range(together):
+            # The last one again where a group has no more: its sums are not read.
+            i = k.minimum(first + j, rows.n_rows - 1) if j else first
+            far, near = (rows.ahead(k, i, max(d, together * pitch), pitch) for d in DISTANCES)
+            found.append(Row(rows.first.bytes(i * pitch), far, near, parked.at((first + j) * n)))
+        for row in found:
+            _clear(k, row.totals, x.count)
+        dot(found)
     return parked
+
+
+def _clear(k: Kernel, totals: Pointer, count: Value | int) -> None:
+    n = k.target.lanes
+    _each(k, count, lambda t: totals.at(t * (n * n)).store(k.zeros(f32 * n)))
 
 
 def _added_up(k: Kernel, parked: Pointer) -> Callable[[Value], Value]:
@@ -151,35 +180,43 @@ def _spread_dots(k: Kernel, fmt: BlockFormat, rows: Stream, x: Inputs) -> Callab
     n, stride = k.target.lanes, fmt.block_bytes
     qs, halves, bias = fmt.field_offset("qs"), code_dwords(fmt) // 4, k.target.weight_bias
 
-    def dot(row: Pointer, far: Pointer, near: Pointer, totals: Pointer) -> None:
+    def decode(row: Row, where: Value, count: int) -> tuple[list[Value], Value]:
+        ask(k, row.far, row.near, where, count * stride)
+        at = row.at.bytes(where)
+        raw = [pieces(k, at, qs + PIECE * j, stride, count) for j in range(halves)]
+        return unpack_codes(k, fmt, raw), scales(k, at.bytes(fmt.field_offset("d")), stride, count)
+
+    def dot(together: list[Row]) -> None:
         def step(s: Value, count: int) -> None:
             where = s * (blocks_per_step(k) * stride)
-            ask(k, far, near, where, count * stride)
-            at = row.bytes(where)
-            raw = [pieces(k, at, qs + PIECE * j, stride, count) for j in range(halves)]
-            codes = unpack_codes(k, fmt, raw)
-            scale = scales(k, at.bytes(fmt.field_offset("d")), stride, count)
+            decoded = [decode(row, where, count) for row in together]
 
             def meet(t: Value) -> None:
-                spread, place = x.row(t).cast(i32).at(s * (PARTS * n)), totals.at(t * (n * n))
-                acc = spread.at(2 * n).load(i32 * n) if bias else k.zeros(i32 * n)
-                for j, c in enumerate(codes):
-                    acc = k.dot_i8(acc, c, spread.at(j * n).load(i32 * n).bits_as(i8 * (4 * n)))
-                factor = scale * spread.at(3 * n).cast(f32).load(f32 * n)
-                place.store(place.load(f32 * n) + acc.to(f32) * factor)
+                spread = x.row(t).cast(i32).at(s * (PARTS * n))
+                start = spread.at(2 * n).load(i32 * n) if bias else k.zeros(i32 * n)
+                parts = [spread.at(j * n).load(i32 * n) for j in range(len(decoded[0][0]))]
+                d = spread.at(3 * n).cast(f32).load(f32 * n)
+                for row, (codes, scale) in zip(together, decoded, strict=True):
+                    acc = start
+                    for c, part in zip(codes, parts, strict=True):
+                        acc = k.dot_i8(acc, c, part.bits_as(i8 * (4 * n)))
+                    place = row.totals.at(t * (n * n))
+                    place.store(place.load(f32 * n) + acc.to(f32) * (scale * d))
 
             _each(k, x.count, meet)
 
         each_step(k, x.n_cols // BLOCK, step)
 
-    return _added_up(k, _row_by_row(k, rows, fmt.row_bytes(x.n_cols), x, dot))
+    together = LONG_ROWS if steps(k, x.n_cols) * PARTS * 4 * n > LONG_BYTES else 1
+    return _added_up(k, _row_by_row(k, rows, fmt.row_bytes(x.n_cols), x, dot, together))
 
 
 def _float_dots(k: Kernel, fmt: BlockFormat, rows: Stream, x: Inputs) -> Callable[[Value], Value]:
     """The same for rows that are decoded to f32."""
 
-    def dot(row: Pointer, far: Pointer, near: Pointer, totals: Pointer) -> None:
-        _row_dot(k, fmt, row, far, near, x, totals)
+    def dot(together: list[Row]) -> None:
+        for row in together:
+            _row_dot(k, fmt, row, x)
 
     return _added_up(k, _row_by_row(k, rows, fmt.row_bytes(x.n_cols), x, dot))
 
@@ -187,23 +224,20 @@ def _float_dots(k: Kernel, fmt: BlockFormat, rows: Stream, x: Inputs) -> Callabl
 def _row_dot(
     k: Kernel,
     fmt: BlockFormat,
-    row: Pointer,
-    far: Pointer,
-    near: Pointer,
+    row: Row,
     x: Inputs,
-    totals: Pointer,
 ) -> None:
     """totals[t * lanes^2:] = sums of row[j] * x[t][j], a register each, not yet added up."""
     n, n_blocks = k.target.lanes, x.n_cols // BLOCK
     size, block_bytes = max(8 * n, fmt.size) // BLOCK, fmt.block_bytes * BLOCK // fmt.size
 
     def part(b: Value, count: int) -> None:
-        ask(k, far, near, b * block_bytes, count * block_bytes)
-        blocks = block_at(fmt, row, b)  # from here on, numbers of blocks are known when building
+        ask(k, row.far, row.near, b * block_bytes, count * block_bytes)
+        blocks = block_at(fmt, row.at, b)  # from here on, numbers of blocks are known when building
         weights = [v for i in range(count) for v in load_block(k, fmt, blocks, i)]
 
         def meet(t: Value) -> None:
-            place, at = totals.at(t * (n * n)), x.row(t).cast(f32).at(b * BLOCK)
+            place, at = row.totals.at(t * (n * n)), x.row(t).cast(f32).at(b * BLOCK)
             products = [w * at.at(i * n).load(f32 * n) for i, w in enumerate(weights)]
             place.store(place.load(f32 * n) + _add_up(products))
 

@@ -80,14 +80,21 @@ def multiply_adds(config: ModelConfig) -> dict[str, int]:
     }
 
 
+def is_measured(settings: RunSettings) -> bool:
+    """Whether the path of a batch depends on what the machine can do."""
+    return settings.mla == 3 and settings.mla_threshold is None
+
+
 def chooser(
-    settings: RunSettings, config: ModelConfig, profile: MachineProfile, *, integer: bool
+    settings: RunSettings, config: ModelConfig, profile: MachineProfile | None, *, integer: bool
 ) -> PathChooser:
-    """--mla-threshold pins the batch size; else 128 for -mla 2 and the cost model for -mla 3.
+    """--mla-threshold pins the batch size; else 128 for -mla 2 and the cost model for -mla 3, which
+    needs a profile.
 
     `integer`: kv_b is quantised, so expanding it runs at the integer rate.
     """
-    if settings.mla_threshold is not None or settings.mla == 2:
+    if profile is None or not is_measured(settings):
+        assert not is_measured(settings)
         return PathChooser(settings.mla, settings.mla_threshold or DEFAULT_THRESHOLD)
     cost, h = multiply_adds(config), config.n_head
     rate = profile.expansion_rate_int8 if integer else profile.expansion_rate_f32

@@ -8,11 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from codegen.formats import F32, Q8_0, BlockFormat
+from codegen.formats import F32, IQ4_NL, Q8_0, BlockFormat
 from codegen.kernel import KernelSpec
 from codegen.kernels.matmul import Shape, matmul, matvec
 from codegen.kernels.panel import panel_bytes
 from codegen.kernels.panel_decode import TOKENS as WAITING
+from codegen.kernels.rowdot import LONG_BYTES
 from codegen.targets.base import Target
 from tests.kernels.harness import (
     Array,
@@ -177,6 +178,19 @@ def test_exact(target: Target, fmt: BlockFormat) -> None:
                 args = case.arguments(spec, n_tokens)
                 run_kernel(spec, target, args, n_threads=3)
                 np.testing.assert_array_equal(case.heads(args["y"]), case.expected(n_tokens)[0])
+
+
+@each_target
+@pytest.mark.parametrize("fmt", [IQ4_NL, Q8_0, F32], ids=str)
+def test_long_rows_are_walked_together(target: Target, fmt: BlockFormat) -> None:
+    """Activations that fill the first-level cache; a matrix may end within such rows."""
+    for n_rows in (5, 18):
+        case = Case(fmt, target, (n_rows, LONG_BYTES // 2 + 96, 1, False), exact=True, n_tokens=2)
+        spec = case.specs()[0]
+        for n_tokens in (1, 2):
+            args = case.arguments(spec, n_tokens)
+            found = run_guarded_rows(spec, target, args, case.padding(), [])
+            np.testing.assert_array_equal(case.heads(found), case.expected(n_tokens)[0])
 
 
 @each_target

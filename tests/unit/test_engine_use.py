@@ -14,14 +14,24 @@ import pytest
 from codegen.ahead import WALK_WORDS
 from codegen.cache_dir import ObjectCache
 from codegen.jit import Jit
+from codegen.pool import Pool
+from mlacli import machine
 from mlacli.engine import Cancelled
 from mlacli.errors import SpaceError, UsageError
 from mlacli.graph.node import Node
 from mlacli.graph.program import Program
 from mlacli.model.choose import MachineProfile
+from mlacli.settings import fitted
 from tests import reference
 from tests.conftest import TinyModel
-from tests.engines import all_logits, logits_and_experts, make_engine, oracle, shared_jit
+from tests.engines import (
+    all_logits,
+    logits_and_experts,
+    make_engine,
+    oracle,
+    shared_jit,
+    shared_pool,
+)
 
 TOKENS = np.random.default_rng(3).integers(0, 4096, 150).tolist()
 EXACT = 1e-10
@@ -256,3 +266,28 @@ def _is_matrix(node: Node) -> bool:
 def _walk(program: Program, i: int) -> tuple[int, ...]:
     address = int(program.table[i, 3])
     return tuple((ctypes.c_int64 * WALK_WORDS).from_address(address)) if address else ()
+
+
+# -- the machine's profile ------------------------------------------------------------------------
+
+
+def test_only_what_is_chosen_by_it_needs_a_profile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One per cache type, measured once, and kept."""
+    monkeypatch.setenv("MLACLI_CACHE_DIR", str(tmp_path))
+    measured: list[str] = []
+
+    def measure(jit: Jit, pool: Pool, n_threads: int, type_k: str) -> MachineProfile:
+        measured.append(type_k)
+        return MachineProfile(1e9, 2e9, 3e9, 4e9)
+
+    monkeypatch.setattr(machine, "measure_profile", measure)
+    jit, pool = shared_jit(), shared_pool()
+    for flags in ({"mla": 0}, {"mla": 2}, {"mla_threshold": 7}):
+        assert machine.machine_profile(jit, pool, fitted(**flags)) is None
+    for type_k in ("f16", "q8_KV", "f16", "q8_KV"):
+        found = machine.machine_profile(jit, pool, fitted(type_k=type_k))
+        assert found == MachineProfile(1e9, 2e9, 3e9, 4e9)
+    assert measured == ["f16", "q8_KV"]
+    assert machine.kept_profile(jit.target, fitted().n_threads_batch, "q6_0") is None
