@@ -17,8 +17,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
 from mlacli.profile_table import HEADER
 
+CLOSE = 1.25  # points whose coordinates differ by less share a name
 _TITLE = re.compile(r"profile of ([^\s:]+)")
 _MACHINE = re.compile(r"machine: int8 ([\d.]+) TOP/s.* read ([\d.]+) GB/s")
 
@@ -72,6 +75,16 @@ def _point(cells: dict[str, str]) -> Point | None:
     return Point(cells["op"], 1e3 * gop / mb, rate, float(cells["share"].rstrip(" %")))
 
 
+def apart(points: Sequence[Point]) -> list[Point]:
+    """Those that there is room to name, the most important ones first."""
+    named: list[Point] = []
+    for p in sorted(points, key=lambda point: -point.share):
+        pairs = (((p.intensity, q.intensity), (p.rate, q.rate)) for q in named)
+        if not any(all(max(ab) < CLOSE * min(ab) for ab in pair) for pair in pairs):
+            named.append(p)
+    return named
+
+
 def draw(found: Sequence[Table], share: float, out: Path) -> None:
     """Write the picture. Raises ModuleNotFoundError without matplotlib."""
     import matplotlib
@@ -85,8 +98,8 @@ def draw(found: Sequence[Table], share: float, out: Path) -> None:
         points = [p for p in table.points if p.share >= share]
         xs, ys = [p.intensity for p in points], [p.rate for p in points]
         axes.scatter(xs, ys, s=[12 * p.share for p in points], alpha=0.6, label=table.title)
-        for p in points:
-            axes.annotate(p.op.split()[-1], (p.intensity, p.rate), fontsize=6)
+        for p in apart(points):
+            axes.annotate(p.op.split()[-1], (p.intensity * CLOSE, p.rate), fontsize=7)
     machine = found[-1]
     ridge = 1e3 * machine.peak / machine.bandwidth
     ends = (1.0, ridge, 1e4)

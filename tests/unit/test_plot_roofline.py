@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from scripts.plot_roofline import Point, main, tables
+from scripts.plot_roofline import Point, apart, main, tables
 
 PROFILE = """1/1: tg8 15.54 t/s
 
@@ -25,6 +25,11 @@ def test_ops_with_work_are_points() -> None:
     (table,) = tables(PROFILE)
     assert (table.title, table.peak, table.bandwidth) == ("tg8", 1.4, 25.0)
     assert table.points == [Point("matmul q", 5.0, 0.081, 6.5)]
+
+
+def test_points_close_to_a_larger_one_have_no_name() -> None:
+    small, large, far = Point("a", 1.0, 1.0, 2.0), Point("b", 1.2, 0.9, 5.0), Point("c", 9, 1, 1)
+    assert apart([small, large, far]) == [large, far]
 
 
 def test_a_picture(tmp_path: Path) -> None:
