@@ -13,7 +13,7 @@ import statistics
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -91,7 +91,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     chosen = parser.parse_args(arguments)
     sizes = {"n_ubatch": max(chosen.tokens), "n_ctx": max(chosen.depths) + max(chosen.tokens)}
     settings = fitted(model=chosen.model, type_k=chosen.ctk, n_threads=chosen.threads, **sizes)
-    settings = replace(settings, n_threads_batch=chosen.threads)
     engine = start_engine(load_model(chosen.model), settings, make_jit(), sizes["n_ctx"])
     engine.prepare(*ALWAYS)
     print(f"-mla 3 expands from {engine.chooser.crossover} tokens on, whatever the depth")

@@ -75,11 +75,11 @@ def store_codes(k: Kernel, row: Pointer, n: int, block: Value, x: list[Value]) -
     codes = eight_bit(k, x, inverse_of(k, d))
     for j, code in enumerate(codes):
         row.bytes(block * BLOCK + j * k.target.lanes, i8).store(code.to(i8))
-    place = row.bytes(scales_offset(n), f32)
-    place[block] = d
     too_much = tree(k, codes, "add") * k.target.weight_bias
-    place.at(n // BLOCK).cast(i32)[block] = k.const(MAGIC_BITS, i32) - too_much
-    place.at(2 * (n // BLOCK))[block] = d * -MAGIC
+    at_d, at_start, at_offset = block_numbers(row, n, block)
+    at_d.store(d)
+    at_start.cast(i32).store(k.const(MAGIC_BITS, i32) - too_much)
+    at_offset.store(d * -MAGIC)
 
 
 def block_numbers(row: Pointer, n: int, block: Value) -> list[Pointer]:
@@ -90,14 +90,14 @@ def block_numbers(row: Pointer, n: int, block: Value) -> list[Pointer]:
 
 def load_start(row: Pointer, n: int, block: Value) -> Value:
     """What the integer sum of a block begins at, in every lane."""
-    at = row.bytes(scales_offset(n), i32).at(n // BLOCK)
-    return at.k.splat(at.at(block).load(), at.k.target.lanes)
+    _, start, _ = block_numbers(row, n, block)
+    return start.k.splat(start.cast(i32).load(), start.k.target.lanes)
 
 
 def scaled(total: Value, row: Pointer, n: int, block: Value) -> Value:
     """dot * d of a block in f32, of integer sums that began at `load_start`."""
     k, lanes = total.k, total.type.lanes
-    at = row.bytes(scales_offset(n), f32).at(block)
-    d, offset = (k.splat(at.at(i * (n // BLOCK)).load(), lanes) for i in (0, 2))
+    at_d, _, at_offset = block_numbers(row, n, block)
+    d, offset = (k.splat(at.load(), lanes) for at in (at_d, at_offset))
     bits = total.bits_as(f32 * lanes)
     return k.fused(bits, d, offset) if k.target.fuses else (bits - MAGIC) * d

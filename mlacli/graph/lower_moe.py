@@ -10,7 +10,14 @@ from __future__ import annotations
 
 from codegen.kernels import layers, moe, moe_few, router
 from mlacli.graph.lower import At, Launch, Lower, Operand, Scratch, lowers
-from mlacli.graph.lower_dense import coded_tokens, gated_scratch, panel_scratch, row_pitch, walk_of
+from mlacli.graph.lower_dense import (
+    coded_tokens,
+    gated_scratch,
+    matrix_scratch,
+    panel_scratch,
+    row_pitch,
+    walk_of,
+)
 from mlacli.graph.matrix import Matrix
 from mlacli.graph.node import Node
 
@@ -78,11 +85,6 @@ def _gather_rows(lower: Lower, node: Node) -> list[Launch]:
     return [Launch(node, spec, (At(node), At(x), _order(groups), At(groups)))]
 
 
-def _scratch(lower: Lower, node: Node) -> int:
-    matrices = [n.attrs["matrix"] for n in node.inputs if n.op == "weight"]
-    return 0 if lower.few else lower.n_threads * max(panel_scratch(lower, m) for m in matrices)
-
-
 def _sizes(w: Node) -> dict[str, int]:
     m: Matrix = w.attrs["matrix"]
     return {"n_rows": m.n_rows, "n_cols": m.n_cols}
@@ -113,7 +115,7 @@ def _moe_up_gate(lower: Lower, node: Node) -> list[Launch]:
     return [Launch(node, spec, (*operands, Scratch(node)))]
 
 
-@lowers("moe_matmul", scratch=_scratch)
+@lowers("moe_matmul", scratch=matrix_scratch)
 def _moe_matmul(lower: Lower, node: Node) -> list[Launch]:
     w, x, table = node.inputs
     m: Matrix = w.attrs["matrix"]
@@ -131,7 +133,7 @@ def _moe_matmul(lower: Lower, node: Node) -> list[Launch]:
     return [Launch(node, spec, (*operands, Scratch(node)))]
 
 
-@lowers("moe_down", scratch=_scratch)
+@lowers("moe_down", scratch=matrix_scratch)
 def _moe_down(lower: Lower, node: Node) -> list[Launch]:
     w, x, *tables, _ = node.inputs
     m: Matrix = w.attrs["matrix"]

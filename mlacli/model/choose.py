@@ -93,9 +93,9 @@ def chooser(
 
     `integer`: kv_b is quantised, so expanding it runs at the integer rate.
     """
-    if profile is None or not is_measured(settings):
-        assert not is_measured(settings)
+    if not is_measured(settings):
         return PathChooser(settings.mla, settings.mla_threshold or DEFAULT_THRESHOLD)
+    assert profile is not None
     cost, h = multiply_adds(config), config.n_head
     rate = profile.expansion_rate_int8 if integer else profile.expansion_rate_f32
     saved = cost["absorbed"] / profile.absorbed_rate - cost["standard"] / profile.expanded_rate
