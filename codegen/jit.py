@@ -38,8 +38,8 @@ class Store(Protocol):
 def host() -> Host:
     """This machine, as LLVM sees it."""
     features = llvm.get_host_cpu_features()
-    names = frozenset(name for name, on in features.items() if on)
-    return Host(llvm.get_process_triple(), llvm.get_host_cpu_name(), names)
+    found, missing = (frozenset(n for n, on in features.items() if on is x) for x in (True, False))
+    return Host(llvm.get_process_triple(), llvm.get_host_cpu_name(), found, missing)
 
 
 def host_target(wanted: str | None = None) -> Target:

@@ -184,19 +184,19 @@ def open_block(
 
 @dataclass(frozen=True)
 class Ahead:
-    """Asks for rows needed later while others are multiplied, a little at each of `n_steps`: if for
-    all at once, what is multiplied would wait behind it. Row i of `n_rows` is at `row(i)`."""
+    """Asks for the rows of the next tile while this one is multiplied, a little at each step: what
+    is multiplied would wait behind requests that follow one another too fast. The first half is
+    asked for while keys are multiplied, the second with the values."""
 
-    row: Callable[[Value], Pointer]
-    n_rows: int
-    n_steps: int
-    row_bytes: int
+    start: Pointer
+    n_bytes: int
 
-    def step(self, i: Value) -> None:
-        """One line of one row."""
-        share = -(-self.row_bytes * self.n_rows // self.n_steps)
-        line = self.row(i % self.n_rows).bytes(i // self.n_rows * share)
-        line.k.prefetch(line, L2)
+    def step(self, half: int, i: Value, n_steps: int) -> None:
+        """Step i of n_steps with keys (half 0) or values (half 1)."""
+        k, share = self.start.k, -(-self.n_bytes // (2 * n_steps))
+        line = self.start.bytes(half * (self.n_bytes // 2) + i * share)
+        for at in range(0, share, k.target.cache_line):
+            k.prefetch(line.bytes(at), L2)
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,6 @@ if TYPE_CHECKING:
 TILE_KEYS = 128
 # Between the parts of a tile's values there is room, or they would meet in a few sets of the L1.
 PART_QUADS = TILE_KEYS // 4 + 1
-AHEAD = 32  # cells between what is multiplied and what is asked for
 LIMITS = Limits(byte_tile.LARGEST_WEIGHT, TILE_KEYS, 2**31)  # no sum of a tile is near overflow
 
 
@@ -98,9 +97,11 @@ class ByteSizes(Sizes):
         scale: float,
     ) -> None:
         """Fold the listed cells into m, l and o of an open block."""
-        score_tile(k, self, w, block.n_rows, n_keys, caches)
+        start = caches.key(w.key_cell[0].to(i64) + TILE_KEYS)
+        ahead = Ahead(start, TILE_KEYS * caches.fmt_k.row_bytes(self.d_k))
+        score_tile(k, self, w, block.n_rows, n_keys, caches, ahead)
         weigh_tile(k, self, w, block.n_rows, n_keys, scale)
-        value_tile(k, self, w, block.n_rows, n_keys, caches)
+        value_tile(k, self, w, block.n_rows, n_keys, caches, ahead)
 
     def close_row(self, k: Kernel, o: Pointer, to: Pointer, factor: Value | float) -> None:
         """to = o * factor, its columns in order."""
@@ -114,11 +115,11 @@ def suits_bytes(target: Target, sizes: Sizes, caches: tuple[object, object]) -> 
 
 
 def score_tile(
-    k: Kernel, sizes: ByteSizes, w: ByteSpace, n_rows: Value, n_keys: Value, caches: Caches
-) -> None:
+    k: Kernel, sizes: ByteSizes, w: ByteSpace, n_rows: Value, n_keys: Value, caches: Caches,
+    ahead: Ahead,
+) -> None:  # fmt: skip
     """scores[cell][row] = k[cell] . q[row] / scale_k[cell] for the listed cells."""
     d, total, codes = (caches.fmt_k.field_offset(name) for name in ("d", "sum", "qs"))
-    row_bytes = caches.fmt_k.row_bytes(sizes.d_k)
 
     def key(number: Value) -> tuple[Pointer, Value]:
         number = k.minimum(number, n_keys - 1)
@@ -128,10 +129,10 @@ def score_tile(
         w.value_scale[number] = caches.value(cell).bytes(d, f32).load()
         return row.bytes(caches.fmt_k.header_bytes + codes, u8), row.bytes(total, i32).load()
 
+    group, n_quads = byte_tile.micro(k, sizes.block_rows).keys, sizes.d_k // 4
+
     def ask(number: Value, quad: Value) -> None:
-        cell = w.key_cell[number].to(i64) + AHEAD
-        n = byte_tile.micro(k, sizes.block_rows).keys
-        Ahead(lambda i: caches.key(cell + i), n, sizes.d_k // 4, row_bytes).step(quad)
+        ahead.step(0, number // group * n_quads + quad, TILE_KEYS // group * n_quads)
 
     byte_tile.multiply_keys(
         k, w.scores, w.packed, w.q_scale, key, n_rows, n_keys,
@@ -159,15 +160,23 @@ def weigh_tile(
 
 
 def value_tile(
-    k: Kernel, sizes: ByteSizes, w: ByteSpace, n_rows: Value, n_keys: Value, caches: Caches
-) -> None:
+    k: Kernel, sizes: ByteSizes, w: ByteSpace, n_rows: Value, n_keys: Value, caches: Caches,
+    ahead: Ahead,
+) -> None:  # fmt: skip
     """o = o * keep + weights^T v for the listed cells."""
-    step = 4 * k.target.lanes
+    width, rows_per_step = 4 * k.target.lanes, byte_tile.micro(k, sizes.block_rows).rows
+    steps = sizes.block_rows // rows_per_step
     interleave_values(k, sizes, w, n_keys, caches)
-    with k.loop(0, sizes.d_v, step) as column:
+    with k.loop(0, sizes.d_v, width) as column:
+
+        def ask(row: Value, column: Value = column) -> None:
+            step = column // width * steps + row // rows_per_step
+            ahead.step(1, step, sizes.d_v // width * steps)
+
         byte_tile.add_values(
             k, w.o.at(column), w.weights, w.values.at(column * PART_QUADS), w.keep,
-            w.weight_scale, n_rows, (n_keys + 3) // 4, d_v=sizes.d_v, block_rows=sizes.block_rows,
+            w.weight_scale, n_rows, (n_keys + 3) // 4,
+            d_v=sizes.d_v, block_rows=sizes.block_rows, ask=ask,
         )  # fmt: skip
 
 

@@ -22,8 +22,10 @@ from codegen.kernels.attention_block import (
     Block,
     Caches,
     Sizes,
+    copy_row,
     move_row,
     thread_arrays,
+    touch,
 )
 from codegen.kernels.attention_weights import CodeState, Limits, softmax_tile
 from codegen.kernels.blocks import BLOCK
@@ -113,11 +115,17 @@ class CodeSizes(Sizes):
 
     def close_row(self, k: Kernel, o: Pointer, to: Pointer, factor: Value | float) -> None:
         """to = o * factor, its columns in order."""
-        move_row(k, o, to, self.d_v, code_tile.in_order, 2, factor)
+        if self.codes_v.apart:
+            copy_row(k, o, to, self.d_v, factor)
+        else:
+            move_row(k, o, to, self.d_v, code_tile.in_order, 2, factor)
 
     def reopen_row(self, k: Kernel, source: Pointer, o: Pointer) -> None:
-        """o = source, its columns in the order of interleaved values."""
-        move_row(k, source, o, self.d_v, code_tile.out_of_order, 2)
+        """o = source, its columns in the order of `code_tile.key_pairs`."""
+        if self.codes_v.apart:
+            copy_row(k, source, o, self.d_v)
+        else:
+            move_row(k, source, o, self.d_v, code_tile.out_of_order, 2)
 
 
 @dataclass(frozen=True)
@@ -139,27 +147,32 @@ class TileCodes:
     `keys(first)` gives the address of the codes of KEY_GROUP keys from number `first` on, `pitch`
     codes apart, after it has made them and those of their values, and the scales. `values` are the
     tile's in pairs, as `add_values` takes them: the columns of a register tile, then the next, with
-    room for `part_pairs` pairs of each. `ask(key, pair)` asks for later keys while pairs of columns
-    of some from number `key` on are multiplied.
+    room for `part_pairs` pairs of each. `ahead` asks for the next tile.
     """
 
     keys: Callable[[Value], Pointer]
     pitch: int
     values: Pointer
     part_pairs: int
-    ask: Callable[[Value, Value], None] = lambda key, pair: None
+    ahead: Ahead | None = None
+
+    def ask(self, half: int, i: Value, n_steps: int) -> None:
+        """As `Ahead.step`, if there is something to ask for."""
+        if self.ahead:
+            self.ahead.step(half, i, n_steps)
 
 
 def cached_codes(
     k: Kernel, sizes: CodeSizes, w: CodeSpace, n_keys: Value, caches: Caches
 ) -> TileCodes:
-    """The listed cells, two at a time."""
-    d_k, d_v = sizes.d_k, sizes.d_v
+    """The listed cells, two at a time; the next two come to the L1 cache meanwhile."""
+    d_k, d_v, row_bytes = sizes.d_k, sizes.d_v, caches.fmt_k.row_bytes(sizes.d_k)
 
     def keys(first: Value) -> Pointer:
         with k.loop(first, k.minimum(first + KEY_GROUP, n_keys), 2) as i:
             cells = [w.key_cell[j].to(i64) for j in (i, k.minimum(i + 1, n_keys - 1))]
             pair = [row_codes(k, caches.fmt_k, caches.key(cell), d_k) for cell in cells]
+            touch(k, caches.key(cells[0] + 2), k.const(0, i64), 2 * d_k, row_bytes, d_k)
             to = w.keys.at((i - first) * d_k)
             store_scales(w.key_scale.at(i), pair)
             if sizes.kind == ABSORBED:
@@ -172,12 +185,9 @@ def cached_codes(
             store_scales(w.value_scale.at(i), pair)
         return w.keys
 
-    def ask(number: Value, pair: Value) -> None:
-        cell = w.key_cell[number].to(i64) + TILE_KEYS
-        n = micro(k, sizes.block_rows, sizes.codes_k.terms).keys
-        Ahead(lambda i: caches.key(cell + i), n, d_k // 2, caches.fmt_k.row_bytes(d_k)).step(pair)
-
-    return TileCodes(keys, d_k, w.values, PART_PAIRS, ask)
+    start = caches.key(w.key_cell[0].to(i64) + TILE_KEYS)
+    ahead = Ahead(start, TILE_KEYS * row_bytes)
+    return TileCodes(keys, d_k, w.values, PART_PAIRS, ahead)
 
 
 def store_scales(to: Pointer, rows: list[RowCodes]) -> None:
@@ -191,8 +201,13 @@ def store_keys(
     """Columns first..last of rows' codes, one row behind the other."""
     with k.loop(first // BLOCK, last // BLOCK) as block:
         for i, row in enumerate(rows):
-            for j, v in enumerate(row.block(block)):
-                keys.at(i * sizes.d_k + block * BLOCK).at(j * 2 * k.target.lanes).store(v)
+            store_columns(keys.at(i * sizes.d_k + block * BLOCK), row.block(block))
+
+
+def store_columns(to: Pointer, codes: list[Value]) -> None:
+    """Codes of neighbouring columns of a row, as pairs."""
+    for i, v in enumerate(code_tile.column_pairs(codes)):
+        to.cast(i32).at(i * v.type.lanes).store(v)
 
 
 def store_pair(
@@ -210,15 +225,14 @@ def store_pair(
     lanes, width = k.target.lanes, part_width(k, sizes)
     with k.loop(first, last, max(width, BLOCK)) as column:
         for step in range(0, max(width, BLOCK), BLOCK):
-            both = zip(*(row.block((column + step) // BLOCK) for row in rows), strict=True)
-            for j, pair in enumerate(both):
-                at = step + j * 2 * lanes
-                if keys is not None:
-                    for i, v in enumerate(pair):
-                        keys.at(column + (i * sizes.d_k + at)).store(v)
+            both = [row.block((column + step) // BLOCK) for row in rows]
+            if keys is not None:
+                for i, codes in enumerate(both):
+                    store_columns(keys.at(column + (i * sizes.d_k + step)), codes)
+            for i, v in enumerate(code_tile.key_pairs(k, *both)):
+                at = step + i * lanes
                 to = w.values.at((column + at // width * width) * PART_PAIRS + at % width)
-                for i, v in enumerate(code_tile.interleave(k, *pair)):
-                    to.at(number * (width // 2) + i * lanes).store(v)
+                to.at(number * (width // 2)).store(v)
 
 
 def part_width(k: Kernel, sizes: CodeSizes) -> int:
@@ -231,7 +245,8 @@ def score_tile(
 ) -> None:
     """scores[cell][row] = k[cell] . q[row] / scale_k[cell] for the listed cells."""
     size, slabs, codes = sizes.block_rows, sizes.slabs, sizes.codes_k
-    width = slabs[0][1]
+    width, n_pairs = slabs[0][1], sizes.d_k // 2
+    group = micro(k, size, codes.terms).keys
     with k.loop(0, n_keys, KEY_GROUP) as first:
         keys, scores = rows.keys(first), w.scores.at(first * size)
         n_group = k.minimum(n_keys - first, KEY_GROUP)
@@ -239,11 +254,14 @@ def score_tile(
         def add_slab(
             slab: Value | int, is_first: bool, keys: Pointer = keys, first: Value = first
         ) -> None:
+            def ask(key: Value, pair: Value) -> None:
+                step = (first + key) // group * n_pairs + slab * (width // 2) + pair
+                rows.ask(0, step, TILE_KEYS // group * n_pairs)
+
             code_tile.multiply_keys(
                 k, scores, w.packed.at(slab * (size * codes.terms * width // 2)),
                 w.q_scale.at(slab * size), keys.at(slab * width), n_rows, n_group, codes=codes,
-                width=width, pitch=rows.pitch, block_rows=size, first=is_first,
-                ask=lambda key, pair: rows.ask(first + key, slab * (width // 2) + pair),
+                width=width, pitch=rows.pitch, block_rows=size, first=is_first, ask=ask,
             )  # fmt: skip
 
         add_slab(0, True)
@@ -274,9 +292,16 @@ def value_tile(
     k: Kernel, sizes: CodeSizes, w: CodeSpace, n_rows: Value, n_keys: Value, rows: TileCodes
 ) -> None:
     """o = o * keep + weights^T v for the listed cells."""
-    with k.loop(0, sizes.d_v, part_width(k, sizes)) as column:
+    width, rows_per_step = part_width(k, sizes), micro(k, sizes.block_rows).rows
+    steps = sizes.block_rows // rows_per_step
+    with k.loop(0, sizes.d_v, width) as column:
+
+        def ask(row: Value, column: Value = column) -> None:
+            step = column // width * steps + row // rows_per_step
+            rows.ask(1, step, sizes.d_v // width * steps)
+
         code_tile.add_values(
             k, w.o.at(column), w.weights, rows.values.at(column * rows.part_pairs), w.keep,
             w.weight_scale, n_rows, (n_keys + 1) // 2, d_v=sizes.d_v, block_rows=sizes.block_rows,
-            pairs_per_sum=sizes.codes_v.keys_per_sum(TILE_KEYS) // 2,
+            pairs_per_sum=sizes.codes_v.keys_per_sum(TILE_KEYS) // 2, ask=ask,
         )  # fmt: skip

@@ -30,7 +30,7 @@ from codegen.kernels.attention_codes import CodeSizes
 from codegen.kernels.attention_f32 import Rows
 from codegen.kernels.attention_splits import inverse
 from codegen.kernels.attention_ways import ExactSizes
-from codegen.kernels.codes import BLOCK_CODES, codes_of
+from codegen.kernels.codes import EXPANDED_CODES, codes_of
 from codegen.kernels.expand_codes import CodeChunk
 from codegen.values import Pointer, Value
 
@@ -72,7 +72,7 @@ class Expanded:
         if fmt is F32 or self.exact.block_rows == 1:
             return self.exact
         rough = fmt.is_quantised or weights.integer_dot
-        codes = BLOCK_CODES if rough else codes_of(fmt)
+        codes = EXPANDED_CODES if rough else codes_of(fmt)
         return CodeSizes(**self.sizes, codes_k=codes, codes_v=codes)
 
 

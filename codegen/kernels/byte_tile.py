@@ -160,14 +160,16 @@ def add_values(
     *,
     d_v: int,
     block_rows: int,
+    ask: Callable[[Value], None],
 ) -> None:
     """o[row][column] = o * keep[row] + scale[row] * sum of weights[quad][row] * values[quad].
 
     For the four vectors of columns of `interleave`; rows of o are d_v long. Weights lie as
-    [quad][high, low][row].
+    [quad][high, low][row]. `ask(row)` is called in between, to ask for memory needed later.
     """
     m, lanes = micro(k, block_rows), k.target.lanes
     with k.loop(0, n_rows, m.rows) as row:
+        ask(row)
         sums = [[k.var(k.zeros(i32 * lanes)) for _ in range(4)] for _ in range(2 * m.rows)]
         with k.loop(0, n_quads) as quad:
             v = values.at(quad * (4 * lanes))

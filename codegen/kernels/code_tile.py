@@ -5,7 +5,7 @@ cache row, of a weight one per row and tile. Products of codes are summed exactl
 `Codes` says over how many columns and keys that cannot overflow. A pair fills a lane.
 
     packed[slab][group][column pair][term][lane]    pack_queries: row = lanes * group + lane
-    s[key][row] += scale[row] K q^T                 multiply_keys: pairs of neighbouring columns
+    s[key][row] += scale[row] K q^T                 multiply_keys: pairs of columns
     o[row][column] = o keep + scale P V             add_values: pairs of neighbouring keys
 """
 
@@ -34,12 +34,15 @@ class Codes:
     """Codes of cached rows: magnitudes up to `largest`.
 
     `spread`: how large a code of q can be at least if all of its slab are alike; the smaller, the
-    longer the slabs. q is `terms` codes, each one a fraction of the one before.
+    longer the slabs. q is `terms` codes, each one a fraction of the one before. A pair of columns
+    are neighbours, which i16 vectors are made of as they come, or a vector's lanes `apart`, which
+    is what two i32 vectors combine to.
     """
 
     largest: int
     spread: int
     terms: int = 1
+    apart: bool = False
 
     @property
     def budget(self) -> int:
@@ -82,25 +85,45 @@ def micro(k: Kernel, block_rows: int, terms: int = 1, d_v: int = 32) -> Micro:
     return Micro((16 if many else 8) // (vectors * terms), vectors, 4, columns)
 
 
+def pair_up(low: Value, high: Value) -> Value:
+    """Codes low[j] and high[j] side by side in i32 lane j."""
+    return (low & 0xFFFF) | (high << 16)
+
+
 def round_pairs(k: Kernel, low: Value, high: Value, inverse: Value) -> Value:
-    """Codes of low[j] and high[j] side by side in i32 lane j."""
+    """The same of numbers in units of 1 / inverse."""
     a, b = (round_to_int(k, v * inverse) for v in (low, high))
-    return (a & 0xFFFF) | (b << 16)
+    return pair_up(a, b)
+
+
+def column_pairs(codes: list[Value]) -> list[Value]:
+    """Codes of a row in order (codes.RowCodes) as pairs of columns."""
+    if codes[0].type.scalar == i32:
+        return [pair_up(low, high) for low, high in zip(codes[::2], codes[1::2], strict=True)]
+    return [v.bits_as(i32 * (v.type.lanes // 2)) for v in codes]
+
+
+def key_pairs(k: Kernel, first: list[Value], second: list[Value]) -> list[Value]:
+    """Codes of two rows in order as pairs of rows; i16 codes come in the order of `interleave`."""
+    both = list(zip(first, second, strict=True))
+    if first[0].type.scalar == i32:
+        return [pair_up(a, b) for a, b in both]
+    return [v for a, b in both for v in interleave(k, a, b)]
 
 
 def query_pairs(
-    k: Kernel, values: list[Value], inverse: Value, terms: int, finer: int
+    k: Kernel, values: list[Value], inverse: Value, codes: Codes, width: int
 ) -> list[Value]:
-    """round(values * inverse) and then, per term, what rounding left times `finer`, rounded.
-
-    Two f32 vectors in order become i16 pairs in the lanes of an i32 vector.
-    """
+    """round(values * inverse) and then, per term, what rounding left times `finer`, rounded: two
+    f32 vectors in order become pairs of columns."""
     found, rest = [], [v * inverse for v in values]
-    for _ in range(terms):
-        codes = [round_to_int(k, v) for v in rest]
-        rest = [(v - c.to(f32)) * float(finer) for v, c in zip(rest, codes, strict=True)]
-        low, high = (c.to(i16) for c in codes)
-        found.append(k.concat(low, high).bits_as(i32 * low.type.lanes))
+    for _ in range(codes.terms):
+        whole = [round_to_int(k, v) for v in rest]
+        finer = float(codes.finer(width))
+        rest = [(v - c.to(f32)) * finer for v, c in zip(rest, whole, strict=True)]
+        if not codes.apart:
+            whole = [k.concat(whole[0].to(i16), whole[1].to(i16))]
+        found += column_pairs(whole)
     return found
 
 
@@ -136,11 +159,10 @@ def pack_queries(
                 for source, inverse in zip(sources, spread(inverses, lanes), strict=True):
                     at = source.at(s * slab + column)
                     both = [at.at(j).load(f32 * lanes) for j in (0, lanes)]
-                    rows.append(query_pairs(k, both, inverse, codes.terms, codes.finer(slab)))
+                    rows.append(query_pairs(k, both, inverse, codes, slab))
                 for term, pairs in enumerate(zip(*rows, strict=True)):
                     for i, v in enumerate(transpose(k, list(pairs))):
-                        at = to.at(((column // 2 + i) * codes.terms + term) * group)
-                        at.store(v)
+                        to.at(((column // 2 + i) * codes.terms + term) * group).store(v)
 
 
 def query_scale(k: Kernel, top: Value, total: Value, width: int, codes: Codes) -> Value:
@@ -230,14 +252,17 @@ def add_values(
     d_v: int,
     block_rows: int,
     pairs_per_sum: int,
+    ask: Callable[[Value], None],
 ) -> None:
     """o[row][column] = o * keep[row] + scale[row] * sum of weights[pair][row] * values[pair].
 
-    For the columns of one register tile, in the order of `interleave`; rows of o are d_v long.
+    For the columns of one register tile, in the order of `key_pairs`; rows of o are d_v long.
+    `ask(row)` is called in between, to ask for memory needed later.
     """
     m, lanes = micro(k, block_rows, d_v=d_v), k.target.lanes
     width = m.columns * lanes
     with k.loop(0, n_rows, m.rows) as row:
+        ask(row)
         at = [o.at((row + i) * d_v) for i in range(m.rows)]
         factors = [k.splat(scale[row + i], lanes) for i in range(m.rows)]
         kept = [k.var(keep[row + i]) for i in range(m.rows)]

@@ -20,19 +20,23 @@ from codegen.kernels.blocks import BLOCK, block_at, signed_codes
 from codegen.kernels.code_tile import Codes
 from codegen.kernels.rows import tree
 from codegen.values import Pointer, Value
+from codegen.vecmath import round_to_int
 
 if TYPE_CHECKING:
     from codegen.builder import Kernel
 
 ROW_CODES, BLOCK_CODES = Codes(127, spread=16384), Codes(4096, spread=4096)
 # f16 is so exact that q needs more bits than fit beside these; of the bits of bf16 half are enough.
-F16_CODES, BF16_CODES = Codes(32767, spread=512, terms=2), Codes(32767, spread=1024)
+F16_CODES = Codes(32767, spread=512, terms=2, apart=True)
+BF16_CODES = Codes(32767, spread=1024, apart=True)
+EXPANDED_CODES = Codes(4096, spread=4096, apart=True)
 HALF = 0x7FFF  # the bits of a 16-bit float but for its sign
 
 
 @dataclass(frozen=True)
 class RowCodes:
-    """`block(i)`: codes 32 i .. 32 i + 31 of a row, i16 vectors of twice the lanes, in order."""
+    """`block(i)`: codes 32 i .. 32 i + 31 of a row in order, i16 vectors of twice the lanes; i32
+    vectors where pairs are `apart`."""
 
     scale: Value
     block: Callable[[Value], list[Value]]
@@ -106,28 +110,23 @@ def half(k: Kernel, a: Value) -> Value:
 
 
 def from_floats(k: Kernel, fmt: BlockFormat, row: Pointer, width: int) -> RowCodes:
-    """16-bit floats: the mantissa, shifted by how far its exponent is below the row's largest."""
-    n, at = 2 * k.target.lanes, row.cast(u16)
-    mantissa, bias = (10, 15) if fmt.fields[0].type == f16 else (7, 127)
-    tops = k.var(k.zeros(u16 * n))
-    with k.loop(0, width, n) as i:
-        tops.set(k.maximum(at.at(i).load(u16 * n) & HALF, tops.get()))
-    top = k.maximum(tree(k, [tops.get()], "max") >> mantissa, 1)
+    """16-bit floats: in units of 2^-14 of the power of two that the largest one's exponent says."""
+    stored, lanes = fmt.fields[0].type, k.target.lanes
+    mantissa, bias = (10, 15) if stored == f16 else (7, 127)
+    n, tops = 2 * lanes, [k.var(k.zeros(u16 * (2 * lanes))) for _ in range(2)]
+    with k.loop(0, width, BLOCK) as i:
+        for j in range(0, BLOCK, n):
+            magnitudes = row.cast(u16).at(i + j).load(u16 * n) & HALF
+            most = tops[j // n % 2]
+            most.set(k.maximum(magnitudes, most.get()))
+    top = tree(k, [k.maximum(tops[0].get(), tops[1].get())], "max") >> mantissa
+    unit = k.maximum(top.to(i32) + (127 - bias - 14), 1)  # an exponent of f32, as is its inverse
+    inverse = ((254 - unit) << 23).bits_as(f32)
 
     def block(i: Value) -> list[Value]:
-        found = []
-        for j in range(0, BLOCK, n):
-            bits = at.at(i * BLOCK + j).load(u16 * n)
-            magnitude = bits & HALF
-            exponent = k.maximum(magnitude >> mantissa, 1)
-            number = (magnitude - ((exponent - 1) << mantissa)) << (15 - mantissa)
-            below = k.minimum(k.const(top, u16 * n) - exponent, 15)
-            code = half(k, number >> below).to(i16)
-            sign = bits.to(i16) >> 15
-            found.append((code ^ sign) - sign)
-        return found
+        at = row.cast(stored).at(i * BLOCK)
+        values = [at.at(j).load(stored * lanes).to(f32) for j in range(0, BLOCK, lanes)]
+        return [round_to_int(k, v * inverse) for v in values]
 
-    # A code is 2^(mantissa - 14) of the last place of the largest exponent.
-    power = (k.maximum(top.to(i32) - (bias + 14 - 127), 0) << 23).bits_as(f32)
     is_finite = top < (HALF >> mantissa)
-    return RowCodes(k.select(is_finite, power, k.const(float("nan"), f32)), block)
+    return RowCodes(k.select(is_finite, (unit << 23).bits_as(f32), float("nan")), block)

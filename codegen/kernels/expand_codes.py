@@ -13,9 +13,15 @@ from typing import TYPE_CHECKING
 
 from codegen.dtypes import f32, i16, i32, i64
 from codegen.formats import BlockFormat
-from codegen.kernels.attention_codes import TILE_KEYS, CodeSizes, TileCodes, part_width
+from codegen.kernels.attention_codes import (
+    TILE_KEYS,
+    CodeSizes,
+    TileCodes,
+    part_width,
+    store_columns,
+)
 from codegen.kernels.blocks import BLOCK, load_block
-from codegen.kernels.code_tile import interleave
+from codegen.kernels.code_tile import key_pairs
 from codegen.kernels.encode import MAGNITUDE, inverse_of
 from codegen.kernels.expand import Part, expand_panel, latent_pitch
 from codegen.kernels.panel_decode import panel_rows
@@ -117,23 +123,21 @@ def expand_codes(
                 key += load_block(k, fmt, rope, k.const(block, i64))
             scale, codes = coded(k, key, chunk.way.codes_k.largest)
             at["key_scale"][place + i] = scale
-            for j, v in enumerate(codes):
-                at["keys"].at((place + i) * d_k + j * 2 * k.target.lanes).store(v)
+            store_columns(at["keys"].at((place + i) * d_k), codes)
         expand(weights[1], parts[1])
         with k.loop(0, count, 2) as i:
             store_values(k, chunk, at, stage, place, i, count)
 
 
 def coded(k: Kernel, values: list[Value], largest: int) -> tuple[Value, list[Value]]:
-    """(scale, codes) of a row: f32 vectors in order become i16 vectors, each of two."""
+    """(scale, codes) of a row, i32 vectors in order."""
     bits = [v.bits_as(i32 * v.type.lanes) & MAGNITUDE for v in values]
     top = bits[0]
     for other in bits[1:]:
         top = k.maximum(other, top)
     scale = top.max().bits_as(f32) * (1 / largest)
     inverse = inverse_of(k, scale)
-    codes = [round_to_int(k, v * inverse).to(i16) for v in values]
-    return scale, [k.concat(a, b) for a, b in zip(codes[::2], codes[1::2], strict=True)]
+    return scale, [round_to_int(k, v * inverse) for v in values]
 
 
 def store_values(
@@ -157,8 +161,7 @@ def store_values(
         pair.append(codes)
     row = place + i
     tile = at["values"].at(row // TILE_KEYS * (TILE_KEYS // 2 * way.d_v))
-    for number, both in enumerate(zip(*pair, strict=True)):
-        column = number * 2 * lanes
+    for number, v in enumerate(key_pairs(k, *pair)):
+        column = number * lanes
         part = tile.at(column // width * width * (TILE_KEYS // 2) + column % width)
-        for j, v in enumerate(interleave(k, *both)):
-            part.at(row % TILE_KEYS // 2 * width + j * lanes).store(v)
+        part.at(row % TILE_KEYS // 2 * width).store(v)

@@ -18,19 +18,17 @@ NAMES = ("avx512vnni-bf16", "avx512vnni", "avx512", "avx2vnni", "avx2", "neon", 
 
 @dataclass(frozen=True)
 class Host:
-    """What LLVM says of a machine."""
+    """What LLVM says of a machine. `missing` are the features that it looked for and did not find:
+    a virtual machine can hide some that its CPU model has."""
 
     triple: str
     cpu: str
     features: frozenset[str]
+    missing: frozenset[str] = frozenset()
 
     @property
     def is_x86(self) -> bool:
         return self.triple.startswith(("x86_64", "amd64"))
-
-    @property
-    def feature_text(self) -> str:
-        return ",".join("+" + name for name in sorted(self.features))
 
 
 _NEEDS: dict[str, frozenset[str]] = {
@@ -61,7 +59,8 @@ def build(name: str, host: Host | None = None) -> Target:
     tuned: dict[str, Any] = {}
     if host is not None and can_run(name, host):
         wanted = sorted(host.features if name.startswith("avx512vnni") else _NEEDS[name])
-        tuned = {"triple": host.triple, "features": ",".join("+" + f for f in wanted)}
+        signed = ["+" + name for name in wanted] + ["-" + name for name in sorted(host.missing)]
+        tuned = {"triple": host.triple, "features": ",".join(signed)}
         if name != "generic":
             tuned["cpu"] = host.cpu if name.startswith("avx512vnni") else _BASE_CPU[name]
     match name:

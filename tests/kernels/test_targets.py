@@ -15,7 +15,7 @@ import pytest
 from numpy.typing import NDArray
 
 from codegen import jit
-from codegen.dtypes import bf16, f32, i8, i16, i32, u8
+from codegen.dtypes import bf16, f16, f32, i8, i16, i32, u8
 from codegen.formats import CACHE_FORMATS, F16, IQ4_NL, LATENT_CACHE_TYPES, Q5_0, Q8_0
 from codegen.kernel import KernelSpec, dim, kernel, ptr
 from codegen.kernels import cache, layers, router
@@ -78,6 +78,12 @@ def dot_bf16(k: Any, y: Any, w: Any, x: Any, n: Any) -> None:
     lanes = k.target.lanes
     pairs = bf16 * (2 * lanes)
     y.store(k.target.dot_bf16(k, y.load(f32 * lanes), w.load(pairs), x.load(pairs)))
+
+
+@kernel(y=ptr(f32), x=ptr(f16))
+def first_half(k: Any, y: Any, x: Any) -> None:
+    """y[0] = x[0]."""
+    y[0] = x[0].to(f32)
 
 
 @kernel(y=ptr(f32), x=ptr(f32), n=dim())
@@ -226,6 +232,17 @@ def test_choice_of_target() -> None:
     arm = Host("aarch64-unknown-linux-gnu", "neoverse-n1", frozenset({"neon", "dotprod"}))
     assert choose(arm).name == "neon" and not can_run("avx2", arm)
     assert choose(Host("riscv64-unknown-linux-gnu", "", frozenset())).name == "generic"
+
+
+def test_what_a_machine_hides_is_not_used() -> None:
+    """A virtual machine may name a CPU model and hide some of its instructions."""
+    found = frozenset({"avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512vl", "avx512dq"})
+    found |= {"avx512vnni"}
+    linux = "x86_64-unknown-linux-gnu"
+    open_host = Host(linux, "sapphirerapids", found)
+    assert "vmovsh" in jit.assembly(first_half(), choose(open_host))
+    hidden = Host(linux, "sapphirerapids", found, frozenset({"avx512fp16"}))
+    assert "vmovsh" not in jit.assembly(first_half(), choose(hidden))
 
 
 # -- IR -----------------------------------------------------------------------------------------
