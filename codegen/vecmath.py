@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from codegen.dtypes import DType, f32, i32
-from codegen.values import Value, Var
+from codegen.values import Value
 
 if TYPE_CHECKING:
     from codegen.builder import Kernel
@@ -23,6 +23,7 @@ _EXP2 = (
     1.0,
 )
 _ROUND = 12582912.0  # 1.5 * 2^23: adding it leaves the integer nearest (even) in the low bits
+_FAR_BELOW = -64.0
 
 
 def round_to_int(k: Kernel, x: Value) -> Value:
@@ -44,6 +45,12 @@ def exp2(k: Kernel, x: Value) -> Value:
         p = p * f + c
     scale = (round_to_int(k, x) + 127) << 23
     return p * scale.bits_as(f32 * x.type.lanes)
+
+
+def softmax_weight(k: Kernel, below: Value) -> Value:
+    """2^below, and 0 from far below on: f32 sums would not show it, while products with it would be
+    denormal numbers, each of which takes as long as a hundred others. NaN stays NaN."""
+    return k.select(below < _FAR_BELOW, 0.0, exp2(k, below))
 
 
 def any_lane(mask: Value) -> Value:
@@ -109,24 +116,6 @@ def _final_lane(source: int, n: int) -> int:
         if source >= count:
             source, lane = source - count, lane + width
     return lane
-
-
-def softmax_step(
-    k: Kernel,
-    m: Var,
-    l: Var,  # noqa: E741 - the paper's name
-    score: Value,
-) -> tuple[Value, Value]:
-    """One online-softmax step: returns (factor for what was summed, weight of the new score).
-
-    m' = max(m, s), keep = 2^(m - m'), p = 2^(s - m'), l' = l * keep + p; scores are in log2 units.
-    m starts at -1e30, not -infinity, so that no difference of infinities arises.
-    """
-    top = k.maximum(m.get(), score)
-    keep, p = exp2(k, m.get() - top), exp2(k, score - top)
-    l.set(l.get() * keep + p)
-    m.set(top)
-    return keep, p
 
 
 def join(k: Kernel, pieces: list[Value]) -> Value:

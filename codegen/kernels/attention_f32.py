@@ -20,7 +20,7 @@ from codegen.kernels.attention_block import (
     copy_row,
 )
 from codegen.values import Pointer, Value
-from codegen.vecmath import LOG2_E, exp2
+from codegen.vecmath import LOG2_E, exp2, softmax_weight
 
 if TYPE_CHECKING:
     from codegen.builder import Kernel
@@ -129,7 +129,7 @@ def softmax_tile(
         with k.loop(0, n_keys) as key:
             at = w.scores.at(key * sizes.block_rows + row)
             score = at.load(f32 * lanes)
-            weight = k.select(score <= HIDDEN, 0.0, exp2(k, score - new))
+            weight = softmax_weight(k, score - new)
             at.store(weight)
             total += weight
         w.m.at(row).store(new)

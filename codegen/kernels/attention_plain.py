@@ -37,7 +37,7 @@ from codegen.kernels.attention_f32 import Rows, pack_block, score_tile
 from codegen.kernels.attention_row import score_row
 from codegen.kernels.blocks import BLOCK
 from codegen.values import Pointer, Value, Var
-from codegen.vecmath import LOG2_E, exp2, transpose_sum
+from codegen.vecmath import LOG2_E, softmax_weight, transpose_sum
 
 if TYPE_CHECKING:
     from codegen.builder import Kernel
@@ -217,7 +217,7 @@ def soft_max(k: Kernel, s: Pointer, n_tokens: Value, n_kv: Value, *, n_slice: in
         top = tops.get().max()
         with k.loop(0, width, lanes) as j:
             score = row.at(j).load(f32 * lanes)
-            weight = exp2(k, (score - top) * LOG2_E)
+            weight = softmax_weight(k, (score - top) * LOG2_E)
             weight = k.select(score <= STILL_MASKED, 0.0, weight)
             row.at(j).store(weight)
             sums += weight

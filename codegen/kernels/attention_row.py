@@ -11,7 +11,7 @@ from codegen.kernels.attention_block import HIDDEN, Sizes, Workspace
 from codegen.kernels.attention_f32 import Rows
 from codegen.kernels.tile import load_vectors
 from codegen.values import Value
-from codegen.vecmath import LOG2_E, exp2
+from codegen.vecmath import LOG2_E, exp2, softmax_weight
 
 if TYPE_CHECKING:
     from codegen.builder import Kernel
@@ -59,7 +59,7 @@ def softmax_row(k: Kernel, w: Workspace, n_keys: Value, scale: float) -> Value:
     top = tops.get().max()
     with k.loop(0, n_keys, lanes) as i:
         score = w.scores.at(i).load(f32 * lanes)
-        weight = k.select(score <= HIDDEN, 0.0, exp2(k, score - top))
+        weight = softmax_weight(k, score - top)
         w.scores.at(i).store(weight)
         sums += weight
     keep = exp2(k, old - top)

@@ -14,7 +14,7 @@ from codegen.dtypes import f32, i32
 from codegen.kernels.attention_block import HIDDEN, State
 from codegen.kernels.encode import inverse_of
 from codegen.values import Pointer, Value
-from codegen.vecmath import LOG2_E, exp2
+from codegen.vecmath import LOG2_E, exp2, softmax_weight
 
 if TYPE_CHECKING:
     from codegen.builder import Kernel
@@ -106,10 +106,8 @@ def folded_weights(
         part = k.var(zeros)
         with k.loop(start, k.minimum(start + n_sum, n_keys)) as key:
             at = w.scores.at(key * block_rows + row)
-            score = at.load(f32 * lanes)
-            hidden = score <= HIDDEN
-            weight = k.select(hidden, 0.0, exp2(k, score - top))
-            folded = k.select(hidden, 0.0, weight * w.value_scale[key])
+            weight = softmax_weight(k, at.load(f32 * lanes) - top)
+            folded = k.select(weight.eq(0.0), 0.0, weight * w.value_scale[key])
             at.store(folded)
             total += weight
             part += folded
