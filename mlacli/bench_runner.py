@@ -21,8 +21,8 @@ from mlacli.machine import Peaks, Roof, cpu_name, machine_profile, make_jit, mea
 from mlacli.profile import Profiles
 from mlacli.profile_table import profile_lines
 from mlacli.roofline import row_seconds
-from mlacli.session import EXIT_OF_SIGNAL, stop_on_signals
 from mlacli.settings import RunSettings
+from mlacli.signals import EXIT_OF_SIGNAL, stop_on_signals
 
 
 @dataclass

@@ -45,20 +45,24 @@ class CacheLayout:
     latent: bool
     transposed: bool  # without flash attention: v_t for -mla 0, kv_t for -mla 1
 
-    def bytes_per_layer(self) -> dict[str, int]:
-        """Kind -> bytes of one layer."""
+    def cells(self) -> dict[str, tuple[int, int]]:
+        """Kind -> (parts, bytes of a cell in each): one row, or a value in each transposed row."""
         if self.latent:
-            row = self.fmt_k.row_bytes(self.kv_lora_rank + self.n_rope)
-            kinds = {"c": row * self.n_ctx}
+            kinds = {"c": (1, self.fmt_k.row_bytes(self.kv_lora_rank + self.n_rope))}
             if self.transposed:
-                kinds["kv_t"] = transposed_type(self.fmt_k).nbytes * self.kv_lora_rank * self.n_ctx
+                kinds["kv_t"] = (self.kv_lora_rank, transposed_type(self.fmt_k).nbytes)
             return kinds
         k_row = self.n_head * self.fmt_k.row_bytes(self.n_nope + self.n_rope)
         if self.transposed:
-            v_kind, v_row = "v_t", transposed_type(self.fmt_v).nbytes * self.n_head * self.n_v
-        else:
-            v_kind, v_row = "v", self.n_head * self.fmt_v.row_bytes(self.n_v)
-        return {"k": k_row * self.n_ctx, v_kind: v_row * self.n_ctx}
+            return {
+                "k": (1, k_row),
+                "v_t": (self.n_head * self.n_v, transposed_type(self.fmt_v).nbytes),
+            }
+        return {"k": (1, k_row), "v": (1, self.n_head * self.fmt_v.row_bytes(self.n_v))}
+
+    def bytes_per_layer(self) -> dict[str, int]:
+        """Kind -> bytes of one layer."""
+        return {kind: parts * n * self.n_ctx for kind, (parts, n) in self.cells().items()}
 
     def nbytes(self) -> dict[str, int]:
         """Kind -> bytes of all layers."""
@@ -85,6 +89,12 @@ class Cache:
 
     def address(self, kind: str, layer: int) -> int:
         return int(self._memory[kind][layer].ctypes.data)
+
+    def parts(self, kind: str, layer: int) -> npt.NDArray[np.uint8]:
+        """A layer's memory as (parts, n_ctx, bytes of a cell): what a cell holds, to copy it."""
+        n_parts, n_bytes = self.layout.cells()[kind]
+        size = n_parts * self.layout.n_ctx * n_bytes
+        return self._memory[kind][layer, :size].reshape(n_parts, self.layout.n_ctx, n_bytes)
 
     @property
     def n_used(self) -> int:
@@ -116,6 +126,17 @@ class Cache:
     def truncate(self, sequence: int, position: int) -> None:
         """Forget the tokens of a sequence from `position` on."""
         self.release(np.flatnonzero((self.seq == sequence) & (self.pos >= position)))
+
+    def shift(self, sequence: int, first: int, n: int) -> npt.NDArray[np.int32]:
+        """Forget n tokens of a sequence from position `first` on; those behind move up by n.
+
+        Returns their cells: what was rotated for the old positions is to be rotated by -n.
+        """
+        mine = self.seq == sequence
+        self.release(np.flatnonzero(mine & (self.pos >= first) & (self.pos < first + n)))
+        moved = np.flatnonzero(mine & (self.pos >= first + n))
+        self.pos[moved] -= n
+        return moved.astype(np.int32)
 
     def clear(self) -> None:
         self.seq[:] = EMPTY

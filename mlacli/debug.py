@@ -8,6 +8,8 @@ from pathlib import Path
 VARIABLES = {  # for docs/cli.md
     "MLACLI_TARGET": "CPU target to generate code for (avx2, generic, ...), not the best one.",
     "MLACLI_CACHE_DIR": "Folder for compiled code and machine measurements.",
+    "NO_COLOR": "Set to anything: no colours.",
+    "TERM": "dumb: no colours.",
     "MLACLI_DEBUG": "1: after an internal error, print where it happened (as --debug does).",
 }
 
@@ -31,6 +33,11 @@ class Environment:
     def completes(self) -> bool:
         """Whether a shell asks for completions; the name and the protocol are typer's."""
         return bool(os.environ.get("_MLACLI_COMPLETE"))
+
+    @property
+    def colours(self) -> bool:
+        """Whether a terminal may be sent colours: NO_COLOR and TERM=dumb say no."""
+        return not os.environ.get("NO_COLOR") and os.environ.get("TERM", "dumb") != "dumb"
 
     @property
     def cache_dir(self) -> Path | None:

@@ -13,7 +13,9 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from codegen.call import Call
 from codegen.jit import Jit
+from codegen.kernels.shift import shift_rows
 from codegen.pool import Pool
 from mlacli.cache import Cache
 from mlacli.context import ContextPlan, plan_context
@@ -193,6 +195,32 @@ class Engine:
         for i, dim in enumerate(Dim):
             sizes = {Dim.N_TOKENS: n, Dim.N_KV: self.cache.n_rows, Dim.N_OUT: len(wanted)}
             self._dims[i] = sizes[dim]
+
+    def shift(self, first: int, n: int) -> None:
+        """Context shift: drop n tokens from position `first` on and move the later ones up.
+
+        What is kept are the rows as they were computed: they still know of the dropped tokens.
+        """
+        cells = self.cache.shift(0, first, n)
+        layout = self.plan.layout
+        kind, n_heads, n_before = "c", 1, layout.kv_lora_rank
+        if not layout.latent:
+            kind, n_heads, n_before = "k", layout.n_head, layout.n_nope
+        angles = -n * self._frequencies
+        rope = np.empty(layout.n_rope, np.float32)
+        rope[0::2], rope[1::2] = np.cos(angles), np.sin(angles)
+        spec = shift_rows(
+            n_heads=n_heads, n_before=n_before, n_rope=layout.n_rope, fmt=layout.fmt_k
+        )
+        for layer in range(layout.n_layer):
+            rows = self.cache.parts(kind, layer)
+            if not Call(self._jit, spec, [rows, rope, cells, len(cells)]).run(
+                self.pool, self.settings.n_threads
+            ):
+                # The rows of some layers are at their new places: none can be used any more.
+                self.pool.clear_cancel()
+                self.cache.clear()
+                raise Cancelled
 
     def cancel(self) -> None:
         """End the step under way, or the next one if there is none; from any thread."""

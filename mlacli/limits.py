@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, fields
+from typing import Any, Protocol
 
 from mlacli.errors import UsageError
 
@@ -104,7 +104,57 @@ class ExpertReduction:
         return value
 
 
-Rule = Limit | Choice | Switch | ExpertReduction
+@dataclass(frozen=True)
+class Text:
+    """Some text, from `low` characters on."""
+
+    flag: str
+    low: int = 0
+    high: int = 65536
+
+    def check(self, value: str) -> None:
+        if not self.low <= len(value) <= self.high:
+            raise UsageError(
+                f"{self.flag}: {len(value)} characters are out of range ({self.low} to {self.high})"
+            )
+
+    def parse(self, text: str) -> str:
+        self.check(text)
+        return text
+
+
+class Rule(Protocol):
+    """What a flag's values must be."""
+
+    @property
+    def flag(self) -> str: ...
+    def check(self, value: Any) -> None: ...
+    def parse(self, text: str) -> Any: ...
+
+
+def ruled(rule: Rule, *, each: bool = False) -> dict[str, Any]:
+    """Metadata of a settings field that follows a rule, or whose items do."""
+    return {"rule": rule, "each": each}
+
+
+def limited(flag: str, low: int, high: int) -> dict[str, Any]:
+    """The same of a whole number."""
+    return ruled(Limit(flag, low, high))
+
+
+def rules(settings: type[Any]) -> dict[str, Rule]:
+    """Field name -> its rule, for a settings class."""
+    return {f.name: f.metadata["rule"] for f in fields(settings) if "rule" in f.metadata}
+
+
+def check_fields(settings: Any) -> None:
+    """Raises UsageError where a field breaks its rule; None stands for no value."""
+    for field in (f for f in fields(settings) if "rule" in f.metadata):
+        value = getattr(settings, field.name)
+        values = value if field.metadata["each"] else (value,)
+        for one in values:
+            if one is not None:
+                field.metadata["rule"].check(one)
 
 
 def parse_list(rule: Rule, text: str) -> list[Any]:

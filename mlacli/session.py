@@ -3,118 +3,134 @@
 from __future__ import annotations
 
 import contextlib
-import os
-import signal
-import socket
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 from codegen.jit import Jit
 from codegen.pool import Pool
 from mlacli.engine import Cancelled, Engine, Model, load_model
-from mlacli.errors import EXIT_SIGINT, EXIT_SIGTERM, UsageError
+from mlacli.errors import UsageError
 from mlacli.fit import GIB, size_text
+from mlacli.generation import Generator, Timings, common_length
 from mlacli.machine import machine_profile, make_jit, measure_peaks
 from mlacli.memory import huge_bytes, lock
 from mlacli.profile import Profiles
 from mlacli.profile_table import profile_lines
 from mlacli.report import buffer_lines, context_size, repack_notes
+from mlacli.sampling_settings import sampling_lines
+from mlacli.session_file import load_session, save_session
 from mlacli.settings import Request, RunSettings
+from mlacli.signals import EXIT_OF_SIGNAL, stop_on_signals
 from mlacli.text.chat import ChatTemplate
+from mlacli.text.grammar import Constraint
 from mlacli.text.sampling import Sampler
+from mlacli.text.templates import FALLBACK, NAMED
 from mlacli.text.tokenizer import Piece, StreamDecoder, Tokenizer
 from mlacli.text.vocabulary import tokenizer_data
 
 UNTIL_FULL = -2
+Messages = Sequence[Mapping[str, Any]]
 
 
 @dataclass
-class Timings:
-    """Seconds and counts of one answer."""
+class Session:
+    """A model ready to answer. Use it as a context manager or call `close`."""
 
-    load: float = 0.0
-    sample: float = 0.0
-    n_sample: int = 0
-    prompt: float = 0.0
-    n_prompt: int = 0
-    generate: float = 0.0
-    n_generate: int = 0
-    started: float = field(default_factory=time.perf_counter)
-
-    def lines(self) -> list[str]:
-        """llama-cli's closing lines."""
-        total = time.perf_counter() - self.started
-        return [
-            f"llama_print_timings:        load time = {1e3 * self.load:10.2f} ms",
-            _line("sample time", self.sample, self.n_sample, "runs  "),
-            _line("prompt eval time", self.prompt, self.n_prompt, "tokens"),
-            _line("eval time", self.generate, self.n_generate, "runs  "),
-            f"llama_print_timings:       total time = {1e3 * total:10.2f} ms / "
-            f"{self.n_prompt + self.n_generate:5d} tokens",
-        ]
-
-
-def _line(what: str, seconds: float, n: int, unit: str) -> str:
-    ms = 1e3 * seconds
-    each, rate = (ms / n, n / seconds) if n and seconds else (0.0, 0.0)
-    return (
-        f"llama_print_timings: {what:>16} = {ms:10.2f} ms / {n:5d} {unit} "
-        f"({each:8.2f} ms per token, {rate:8.2f} tokens per second)"
-    )
-
-
-@dataclass(frozen=True)
-class Answerer:
-    """Everything one answer needs, ready to generate."""
-
-    engine: Engine
+    model: Model
     tokenizer: Tokenizer
-    sampler: Sampler
+    template: ChatTemplate | None
+    generator: Generator
+    jit: Jit
     request: Request
-    write: Callable[[str], None]
-    timings: Timings
-    profiles: Profiles | None = None
-
-    def answer(self, tokens: Sequence[int]) -> None:
-        """Evaluate the prompt, then sample until an end token, -n, the context's end or Ctrl-C."""
-        timings, engine = self.timings, self.engine
-        for token in tokens:
-            self.sampler.accept(token)
-        engine.profile = self.profiles.prompt if self.profiles else None
-        start = time.perf_counter()
-        logits = engine.eval(tokens, range(len(tokens)))
-        timings.prompt, timings.n_prompt = time.perf_counter() - start, len(tokens)
-        engine.profile = self.profiles.generation if self.profiles else None
-        decoder = StreamDecoder(self.tokenizer)
-        position = len(tokens)
-        limit = engine.n_ctx - position + 1
-        if self.request.n_predict >= 0:
-            limit = min(limit, self.request.n_predict)
-        for n in range(limit):
-            start = time.perf_counter()
-            token = self.sampler.sample(logits[-1])
-            self.sampler.accept(token)
-            timings.sample += time.perf_counter() - start
-            timings.n_sample += 1
-            if self.tokenizer.is_end_of_generation(token) and not self._goes_on:
-                break
-            self.write(decoder.feed(token))
-            if n + 1 == limit:
-                break
-            start = time.perf_counter()
-            logits = engine.eval([token], [position])
-            timings.generate += time.perf_counter() - start
-            timings.n_generate += 1
-            position += 1
-        self.write(decoder.flush())
 
     @property
-    def _goes_on(self) -> bool:
-        """-n -2 fills the context whatever the model says."""
-        return self.request.n_predict == UNTIL_FULL
+    def engine(self) -> Engine:
+        return self.generator.engine
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends the template's process."""
+        if self.template is not None:
+            self.template.close()
+
+    def tokens_of(self, messages: Messages, note: Callable[[str], None]) -> list[int]:
+        """A conversation's tokens, through the chat template. Raises ModelError, UsageError."""
+        assert self.template is not None
+        pieces = self.template.render(messages)
+        for line in self.template.notes:
+            note(f"note: {line}")
+        return self.tokenizer.encode_prompt(pieces)
+
+    def save(self) -> None:
+        """Write --prompt-cache, unless it is only read. Raises SpaceError."""
+        path = self.request.prompt_cache
+        if path is not None and not self.request.prompt_cache_ro:
+            save_session(path, self.engine, self.generator.tokens)
+
+    def restore(self, tokens: Sequence[int], note: Callable[[str], None]) -> None:
+        """Read --prompt-cache, for a prompt of these tokens. Raises SessionError."""
+        path = self.request.prompt_cache
+        if path is None:
+            return
+        found = load_session(path, self.engine)
+        if found is None:
+            note(f"session file: {path} does not exist, it will be created")
+            return
+        self.generator.tokens = found
+        n, size = common_length(found, tokens), size_text(path.stat().st_size)
+        note(f"session file: {path} ({size}) holds {len(found)} tokens")
+        if tokens and n == len(tokens):
+            note("session file: exact match for the prompt")
+        elif tokens:
+            only = "only " if n < len(tokens) / 2 else ""
+            note(f"session file: {only}{n} of the prompt's {len(tokens)} tokens can be reused")
+
+
+def open_session(
+    settings: RunSettings,
+    request: Request,
+    note: Callable[[str], None],
+    *,
+    profiles: Profiles | None = None,
+) -> Session:
+    """Load a model and get everything ready. Raises MlaError."""
+    timings = Timings()
+    model = load_model(settings.model, mmap=settings.mmap, huge=settings.thp)
+    data = tokenizer_data(model.file.metadata, str(settings.model))
+    tokenizer = Tokenizer(data, model.config.n_vocab)
+    constraint = Constraint(request.grammar, tokenizer) if request.grammar else None
+    template = _template(tokenizer, request)  # its process starts up meanwhile
+    for line in model.notes:
+        note(f"note: {line}")
+    n_ctx = context_size(model.config, settings, note=note)
+    jit = make_jit()
+    engine = start_engine(model, settings, jit, n_ctx)
+    for line in buffer_lines(engine.plan, settings):
+        note(line)
+    for line in repack_notes(engine.plan, settings):
+        note(f"note: {line}")
+    engine.repack(progress_lines(note))
+    for line in memory_notes(model, settings):
+        note(line)
+    if settings.verbose:
+        note(_path_line(engine))
+    end_ids = () if constraint else tokenizer.end_ids
+    sampler = Sampler(request.sampling, model.config.n_vocab, end_ids, tokenizer.piece)
+    for line in sampling_lines(request.sampling, sampler.seed):
+        note(line)
+    note(
+        f"generate: n_ctx = {engine.n_ctx}, n_batch = {settings.n_batch}, "
+        f"n_predict = {request.n_predict}"
+    )
+    generator = Generator(engine, sampler, timings, profiles, constraint=constraint)
+    return Session(model, tokenizer, template, generator, jit, request)
 
 
 def run_prompt(
@@ -126,52 +142,66 @@ def run_prompt(
     profile: bool = False,
 ) -> int:
     """Answer one prompt; the exit code tells whether a signal ended it. Raises MlaError."""
-    timings = Timings()
-    model = load_model(settings.model, mmap=settings.mmap, huge=settings.thp)
-    data = tokenizer_data(model.file.metadata, str(settings.model))
-    tokenizer = Tokenizer(data, model.config.n_vocab)
-    template = _template(tokenizer, request)  # its process starts up meanwhile
-    for line in model.notes:
-        note(f"note: {line}")
-    n_ctx = context_size(model.config, settings, note=note)
-    jit = make_jit()
-    engine = start_engine(model, settings, jit, n_ctx)
-    tokens = encode_prompt(tokenizer, template, request, note)
-    if len(tokens) >= engine.n_ctx:
-        raise UsageError(
-            f"the prompt has {len(tokens)} tokens, more than -c {engine.n_ctx} leaves room for "
-            f"(limit {engine.n_ctx - 1})"
-        )
-    for line in buffer_lines(engine.plan, settings):
-        note(line)
-    for line in repack_notes(engine.plan, settings):
-        note(f"note: {line}")
-    engine.repack(progress_lines(note))
-    for line in memory_notes(model, settings):
-        note(line)
-    if settings.verbose:
-        note(_path_line(engine))
-    sampler = Sampler(request.sampling, model.config.n_vocab, tokenizer.end_ids)
-    note(f"sampling seed: {sampler.seed}")
-    note(
-        f"generate: n_ctx = {engine.n_ctx}, n_batch = {settings.n_batch}, "
-        f"n_predict = {request.n_predict}"
-    )
-    engine.prepare(engine.graph_name(min(len(tokens), settings.n_ubatch)), engine.graph_name(1))
-    for line in jit.notes:
-        note(f"note: {line}")
-    timings.load = time.perf_counter() - timings.started
     profiles = Profiles() if profile else None
-    answerer = Answerer(engine, tokenizer, sampler, request, write, timings, profiles)
-    with stop_on_signals(engine) as received:
-        with contextlib.suppress(Cancelled):
-            answerer.answer(tokens)
-    write("\n")
+    with open_session(settings, request, note, profiles=profiles) as session:
+        engine, timings = session.engine, session.generator.timings
+        tokens = prompt_tokens(session, note)
+        batch = min(len(tokens), settings.n_ubatch)
+        engine.prepare(engine.graph_name(batch), engine.graph_name(1))
+        for line in session.jit.notes:
+            note(f"note: {line}")
+        timings.load = time.perf_counter() - timings.started
+        session.restore(tokens, note)
+        with stop_on_signals(engine) as received:
+            with contextlib.suppress(Cancelled):
+                _answer(session, tokens, write)
+        write("\n")
+        if request.prompt_cache_all:
+            session.save()
     for line in timings.lines():
         note(line)
-    for line in _profiled(profiles, engine, jit) if profiles else ():
+    for line in _profiled(profiles, engine, session.jit) if profiles else ():
         note(line)
     return EXIT_OF_SIGNAL[received[0]] if received else 0
+
+
+def _answer(session: Session, tokens: Sequence[int], write: Callable[[str], None]) -> None:
+    """Evaluate the prompt, then sample until an end token, -n, the context's end or Ctrl-C."""
+    logits, request = session.generator.prompt(tokens), session.request
+    session.generator.keep = kept(session, len(tokens))
+    if not request.prompt_cache_all:
+        session.save()
+    decoder = StreamDecoder(session.tokenizer)
+    for token in session.generator.stream(logits, request.limit):
+        # -n -2 fills the context whatever the model says.
+        if session.tokenizer.is_end_of_generation(token) and request.n_predict != UNTIL_FULL:
+            break
+        write(decoder.feed(token))
+    write(decoder.flush())
+
+
+def kept(session: Session, n_prompt: int) -> int | None:
+    """What a context shift keeps in front, if there is to be one: --keep, and BOS in any case."""
+    request = session.request
+    if not request.context_shift or request.n_predict == UNTIL_FULL:
+        return None
+    n = n_prompt if request.keep < 0 else min(request.keep, n_prompt)
+    return max(n, int(session.tokenizer.data.add_bos))
+
+
+def prompt_tokens(session: Session, note: Callable[[str], None]) -> list[int]:
+    """The request's prompt: through the chat template, or as raw text after BOS.
+
+    Raises UsageError when the context has no room for it.
+    """
+    request = session.request
+    tokens = encode_prompt(session.tokenizer, session.template, request, note)
+    if len(tokens) >= session.engine.n_ctx:
+        raise UsageError(
+            f"the prompt has {len(tokens)} tokens, more than -c {session.engine.n_ctx} leaves "
+            f"room for (limit {session.engine.n_ctx - 1})"
+        )
+    return tokens
 
 
 def _profiled(profiles: Profiles, engine: Engine, jit: Jit) -> Iterator[str]:
@@ -182,9 +212,6 @@ def _profiled(profiles: Profiles, engine: Engine, jit: Jit) -> Iterator[str]:
     for part, n in threads.items():
         profile = getattr(profiles, part)
         yield from profile_lines(part, profile, layout, peaks[n], by_layer=settings.verbose)
-
-
-EXIT_OF_SIGNAL: dict[int, int] = {signal.SIGINT: EXIT_SIGINT, signal.SIGTERM: EXIT_SIGTERM}
 
 
 def start_engine(
@@ -238,59 +265,27 @@ def encode_prompt(
     messages = [{"role": "user", "content": request.prompt}]
     if request.system:
         messages.insert(0, {"role": "system", "content": request.system})
-    with template:
-        pieces = template.render(messages)
-        for line in template.notes:
-            note(f"note: {line}")
+    pieces = template.render(messages)
+    for line in template.notes:
+        note(f"note: {line}")
     return tokenizer.encode_prompt(pieces)
 
 
 def _template(tokenizer: Tokenizer, request: Request) -> ChatTemplate | None:
-    source = tokenizer.data.chat_template
+    source = request.template or tokenizer.data.chat_template
+    if not source and request.talks:
+        source = NAMED[FALLBACK]
     if request.raw or not source:
         return None
-    return ChatTemplate(source, tokenizer.bos_text, tokenizer.eos_text, tokenizer.control_texts)
+    return ChatTemplate(
+        source,
+        tokenizer.bos_text,
+        tokenizer.eos_text,
+        tokenizer.control_texts,
+        extra=request.template_kwargs,
+    )
 
 
 def _path_line(engine: Engine) -> str:
     at = engine.chooser.crossover
     return f"mla: mode {engine.chooser.mla}, prompt batches of {at} tokens and more are expanded"
-
-
-@contextmanager
-def stop_on_signals(engine: Engine) -> Iterator[list[int]]:
-    """Ctrl-C and SIGTERM end the step under way within a tile; yields what was received.
-
-    Python runs its handlers only between bytecodes, and a step is one native call: so the bytes
-    that its C handler writes to the wakeup socket are read by a thread, which sets the cancel word.
-    A second Ctrl-C leaves at once.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield []
-        return
-    received: list[int] = []
-    reader, writer = socket.socketpair()
-    writer.setblocking(False)
-
-    def watch() -> None:
-        while data := reader.recv(1):
-            if data[0] not in EXIT_OF_SIGNAL:
-                continue
-            if received:
-                os._exit(EXIT_SIGINT)
-            received.append(signal.Signals(data[0]))
-            engine.cancel()
-
-    watcher = threading.Thread(target=watch, daemon=True)
-    old = {number: signal.signal(number, lambda *_: None) for number in EXIT_OF_SIGNAL}
-    old_fd = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
-    watcher.start()
-    try:
-        yield received
-    finally:
-        signal.set_wakeup_fd(old_fd)
-        for number, handler in old.items():
-            signal.signal(number, handler)
-        writer.close()
-        watcher.join()
-        reader.close()

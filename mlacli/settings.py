@@ -5,39 +5,18 @@ A settings object checks itself when it is made, so whoever holds one need not c
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from codegen.formats import CACHE_FORMATS, LATENT_CACHE_TYPES
 from mlacli.cpu_count import available_cpus, default_threads
 from mlacli.errors import UsageError
-from mlacli.limits import Choice, ExpertReduction, Limit, Rule, Switch
+from mlacli.limits import Choice, ExpertReduction, Switch, Text, check_fields, limited, ruled
+from mlacli.sampling_settings import MAX_INT, SamplingSettings, sampling_notes
 
 SAME_AS_THREADS = -1
-MAX_SEED = 2**32 - 1
-RANDOM_SEEDS = (-1, MAX_SEED)  # both stand for a seed drawn by the system, as in llama.cpp
-_MAX_INT = 2**31 - 1
-
-
-def _rule(rule: Rule) -> dict[str, Rule]:
-    return {"rule": rule}
-
-
-def _limit(flag: str, low: int, high: int) -> dict[str, Rule]:
-    return _rule(Limit(flag, low, high))
-
-
-def rules(settings: type[Any]) -> dict[str, Rule]:
-    """Field name -> its rule, for a settings class."""
-    return {f.name: f.metadata["rule"] for f in fields(settings) if "rule" in f.metadata}
-
-
-def _check_fields(settings: Any) -> None:
-    for name, rule in rules(type(settings)).items():
-        value = getattr(settings, name)
-        if value is not None:
-            rule.check(value)
 
 
 def default_model() -> Path:
@@ -51,31 +30,31 @@ class RunSettings:
 
     model: Path = field(default_factory=default_model)
     # None: as much as was trained and fits, at most 4096. 0: all that was trained.
-    n_ctx: int | None = field(default=None, metadata=_limit("-c", 0, _MAX_INT))
-    n_batch: int = field(default=2048, metadata=_limit("-b", 1, 2**20))
-    n_ubatch: int = field(default=512, metadata=_limit("-ub", 1, 2**16))
-    n_threads: int = field(default_factory=default_threads, metadata=_limit("-t", 1, 1024))
-    n_threads_batch: int = field(default=SAME_AS_THREADS, metadata=_limit("-tb", 1, 1024))
-    mla: int = field(default=3, metadata=_limit("-mla", 0, 3))
+    n_ctx: int | None = field(default=None, metadata=limited("-c", 0, MAX_INT))
+    n_batch: int = field(default=2048, metadata=limited("-b", 1, 2**20))
+    n_ubatch: int = field(default=512, metadata=limited("-ub", 1, 2**16))
+    n_threads: int = field(default_factory=default_threads, metadata=limited("-t", 1, 1024))
+    n_threads_batch: int = field(default=SAME_AS_THREADS, metadata=limited("-tb", 1, 1024))
+    mla: int = field(default=3, metadata=limited("-mla", 0, 3))
     # None: 128 with -mla 2, a cost model of this machine with -mla 3. 1: always expanded.
-    mla_threshold: int | None = field(default=None, metadata=_limit("--mla-threshold", 1, _MAX_INT))
-    flash_attn: bool = field(default=True, metadata=_rule(Switch("-fa")))
-    type_k: str = field(default="f16", metadata=_rule(Choice("-ctk", tuple(CACHE_FORMATS))))
-    type_v: str = field(default="f16", metadata=_rule(Choice("-ctv", tuple(CACHE_FORMATS))))
-    amb_mib: int = field(default=256, metadata=_limit("-amb", 0, 2**20))  # 0: no limit
-    rtr: bool = field(default=False, metadata=_rule(Switch("-rtr")))
-    fmoe: bool = field(default=True, metadata=_rule(Switch("-fmoe")))
+    mla_threshold: int | None = field(default=None, metadata=limited("--mla-threshold", 1, MAX_INT))
+    flash_attn: bool = field(default=True, metadata=ruled(Switch("-fa")))
+    type_k: str = field(default="f16", metadata=ruled(Choice("-ctk", tuple(CACHE_FORMATS))))
+    type_v: str = field(default="f16", metadata=ruled(Choice("-ctv", tuple(CACHE_FORMATS))))
+    amb_mib: int = field(default=256, metadata=limited("-amb", 0, 2**20))  # 0: no limit
+    rtr: bool = field(default=False, metadata=ruled(Switch("-rtr")))
+    fmoe: bool = field(default=True, metadata=ruled(Switch("-fmoe")))
     # (least number of experts, threshold)
-    ser: tuple[int, float] | None = field(default=None, metadata=_rule(ExpertReduction("-ser")))
-    thp: bool = field(default=False, metadata=_rule(Switch("-thp")))
-    mlock: bool = field(default=False, metadata=_rule(Switch("--mlock")))
-    mmap: bool = field(default=True, metadata=_rule(Switch("--mmap")))
+    ser: tuple[int, float] | None = field(default=None, metadata=ruled(ExpertReduction("-ser")))
+    thp: bool = field(default=False, metadata=ruled(Switch("-thp")))
+    mlock: bool = field(default=False, metadata=ruled(Switch("--mlock")))
+    mmap: bool = field(default=True, metadata=ruled(Switch("--mmap")))
     verbose: bool = False
 
     def __post_init__(self) -> None:
         if self.n_threads_batch == SAME_AS_THREADS:
             object.__setattr__(self, "n_threads_batch", self.n_threads)
-        _check_fields(self)
+        check_fields(self)
         if self.n_ubatch > self.n_batch:
             raise UsageError(f"-ub: {self.n_ubatch} is more than -b {self.n_batch}")
         self._check_cache_types()
@@ -106,24 +85,12 @@ def fitted(**given: Any) -> RunSettings:
 
 
 @dataclass(frozen=True)
-class SamplingSettings:
-    """How the next token is picked; the defaults are llama.cpp's. Raises UsageError."""
+class Grammar:
+    """What an answer must be: `kind` is gbnf, json (a schema) or regex; `flag` gave the text."""
 
-    temp: float = field(default=0.8, metadata=_rule(Limit("--temp", 0, 1000, float)))  # 0: greedy
-    top_k: int = field(default=40, metadata=_limit("--top-k", 0, _MAX_INT))  # 0: all
-    top_p: float = field(default=0.95, metadata=_rule(Limit("--top-p", 0, 1, float)))
-    min_p: float = field(default=0.05, metadata=_rule(Limit("--min-p", 0, 1, float)))
-    repeat_penalty: float = field(
-        default=1.0, metadata=_rule(Limit("--repeat-penalty", 0.01, 100, float))
-    )
-    # -1: the whole context
-    repeat_last_n: int = field(default=64, metadata=_limit("--repeat-last-n", -1, _MAX_INT))
-    # RANDOM_SEEDS: a new one each time, which the start-up lines name
-    seed: int = field(default=-1, metadata=_limit("-s", -1, MAX_SEED))
-    ignore_eos: bool = False
-
-    def __post_init__(self) -> None:
-        _check_fields(self)
+    kind: str
+    text: str
+    flag: str
 
 
 @dataclass(frozen=True)
@@ -135,14 +102,39 @@ class Request:
 
     prompt: str
     # -1: until the model ends. -2: until the context is full.
-    n_predict: int = field(default=-1, metadata=_limit("-n", -2, _MAX_INT))
+    n_predict: int = field(default=-1, metadata=limited("-n", -2, MAX_INT))
     raw: bool = False  # no chat template
     system: str = ""  # message before the prompt, for the chat template
+    template: str | None = None  # Jinja text instead of the file's
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    context_shift: bool = False
+    # of a shift: tokens of the prompt that stay; -1: all of them
+    keep: int = field(default=0, metadata=limited("--keep", -1, MAX_INT))
+    grammar: Grammar | None = None
+    talks: bool = False  # the prompt, if any, begins a conversation
+    single_turn: bool = False
+    reverse_prompt: tuple[str, ...] = field(default=(), metadata=ruled(Text("-r"), each=True))
+    in_prefix: str = field(default="", metadata=ruled(Text("--in-prefix")))
+    in_suffix: str = field(default="", metadata=ruled(Text("--in-suffix")))
+    multiline: bool = False
+    # auto: dim on a terminal
+    reasoning: str = field(default="auto", metadata=ruled(Choice("-rea", ("auto", "on", "off"))))
+    prompt_cache: Path | None = None  # a session file, read before and written after the prompt
+    prompt_cache_all: bool = False  # written after the answer instead
+    prompt_cache_ro: bool = False  # only read
     sampling: SamplingSettings = field(default_factory=SamplingSettings)
 
+    @property
+    def limit(self) -> int:
+        """Most tokens to generate."""
+        return self.n_predict if self.n_predict >= 0 else MAX_INT
+
     def __post_init__(self) -> None:
-        _check_fields(self)
-        if not self.prompt:
+        check_fields(self)
+        if self.prompt_cache is None and (self.prompt_cache_all or self.prompt_cache_ro):
+            flag = "all" if self.prompt_cache_all else "ro"
+            raise UsageError(f"--prompt-cache-{flag}: needs --prompt-cache FILE")
+        if not self.prompt and not self.talks:
             raise UsageError("the prompt is empty (give -p TEXT, -f FILE or standard input)")
 
 
@@ -152,6 +144,14 @@ def notes(settings: RunSettings, request: Request | None = None) -> list[str]:
     found = []
     if request is not None and request.raw and request.system:
         found.append("-sys has no effect with --no-cnv: no chat template is used")
+    if request is not None:
+        found += sampling_notes(request.sampling)
+    if request is not None and request.keep and not request.context_shift:
+        found.append("--keep has no effect without --context-shift")
+    if request is not None and request.grammar and request.sampling.ignore_eos:
+        found.append(f"--ignore-eos has no effect with {request.grammar.flag}: it says what ends")
+    if request is not None and request.prompt_cache_all and request.prompt_cache_ro:
+        found.append("--prompt-cache-all has no effect with --prompt-cache-ro: nothing is written")
     if settings.mla and settings.type_v != "f16":
         found.append(
             f"-ctv {settings.type_v} has no effect with -mla {settings.mla}: "

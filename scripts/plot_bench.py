@@ -12,16 +12,16 @@ Rows of equal x become their median. Needs the extra `plot` (matplotlib).
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-Row = Mapping[str, Any]
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from mlacli.results import Row, rows_of
 
 
 @dataclass(frozen=True)
@@ -30,32 +30,6 @@ class Line:
 
     name: str
     points: tuple[tuple[int, float], ...]
-
-
-def rows_of(path: Path) -> list[Row]:
-    """Rows of a .jsonl file. Raises ValueError naming the file and the line."""
-    rows: list[Row] = []
-    for number, text in enumerate(path.read_text().splitlines(), start=1):
-        if not text.strip():
-            continue
-        try:
-            row = json.loads(text)
-            found = swept(row) if "speed_pp" in row else [row]
-            for one in found:
-                one["avg_ts"], one["n_prompt"], one["n_gen"]
-        except (ValueError, KeyError, TypeError) as problem:
-            raise ValueError(f"{path}:{number}: not a row of a bench ({problem})") from problem
-        rows += found
-    return rows
-
-
-def swept(row: Row) -> list[Row]:
-    """llama-sweep-bench times a prompt and generation behind n_kv tokens."""
-    common = {"n_depth": row["n_kv"], "n_ubatch": row["n_ubatch"]}
-    return [
-        {"n_prompt": row["pp"], "n_gen": 0, "avg_ts": row["speed_pp"], **common},
-        {"n_prompt": 0, "n_gen": row["tg"], "avg_ts": row["speed_tg"], **common},
-    ]
 
 
 def of_kind(rows: Iterable[Row], kind: str | None) -> list[Row]:

@@ -214,7 +214,7 @@ def test_switching_off_what_is_never_done(
 
 def test_endless_prompt_file_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["run", "-f", "/dev/zero"]) == 2
-    assert capsys.readouterr().err == "error: -f /dev/zero: is longer than 64 MiB\n"
+    assert capsys.readouterr().err == "error: -f: /dev/zero: is longer than 64 MiB\n"
 
 
 def test_flags_without_effect_are_named(

@@ -13,11 +13,13 @@ ROOT = Path(__file__).resolve().parent.parent
 # Each level may import itself and the levels below it; the first matching name counts.
 LEVELS = (
     ("mlacli.__main__", "mlacli.cli"),
-    ("mlacli.bench", "mlacli.bench_table", "mlacli.bench_runner", "mlacli.session"),
+    ("mlacli.chat",),
+    ("mlacli.bench", "mlacli.bench_table", "mlacli.bench_runner", "mlacli.session", "mlacli.sweep"),
+    ("mlacli.generation", "mlacli.session_file", "mlacli.signals"),
     (
         *("mlacli.engine", "mlacli.context", "mlacli.machine", "mlacli.calibrate"),
         *("mlacli.roofline", "mlacli.fit"),
-        *("mlacli.work", "mlacli.profile", "mlacli.profile_table"),
+        *("mlacli.work", "mlacli.profile", "mlacli.profile_table", "mlacli.results"),
         *("mlacli.report", "mlacli.report_format", "mlacli.report_work"),
     ),
     ("mlacli.model",),
@@ -26,6 +28,7 @@ LEVELS = (
     (
         *("mlacli.gguf", "mlacli.text", "mlacli.settings", "mlacli.limits", "mlacli.cpu_count"),
         *("mlacli.debug", "mlacli.errors", "mlacli.memory", "mlacli.free_memory"),
+        *("mlacli.sampling_settings", "mlacli.files"),
     ),
     ("codegen",),
 )

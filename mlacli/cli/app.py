@@ -22,7 +22,10 @@ if TYPE_CHECKING:
 # Each is the app of a module of its name. The summaries stand here so that help loads none.
 COMMANDS = {
     "run": "Answer a prompt.",
+    "chat": "Talk with a model.",
     "bench": "Measure the speed of every combination of flags.",
+    "sweep": "Measure the speed behind more and more tokens.",
+    "compare": "Put two results of bench or sweep side by side.",
     "report": "Show what a model needs: cache, buffers, work per token.",
 }
 _COMPLETION = ("--install-completion", "--show-completion")

@@ -13,8 +13,8 @@ from mlacli.bench_table import WRITERS
 from mlacli.cli import console
 from mlacli.cli.flags import DEMO_MODEL, MODEL, NO_FLASH_ATTENTION, PROFILE_HELP, meaning
 from mlacli.cli.options import StrictCommand, flag, new_app, parameter, takes
-from mlacli.limits import Choice, Limit, Rule, Switch, parse_list, parse_pairs
-from mlacli.settings import RunSettings, default_model, rules
+from mlacli.limits import Choice, Limit, Rule, Switch, parse_list, parse_pairs, rules
+from mlacli.settings import RunSettings, default_model
 
 TESTS, VALUES, OUTPUT = "Tests", "Lists of values (1,2,4 or 1-8 or 1-9+2 or 1-64*2)", "Output"
 _MAX_TOKENS = 1 << 24

@@ -5,11 +5,14 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+from collections.abc import Iterable, Iterator
 from typing import TextIO
 
+from mlacli.debug import ENV
 from mlacli.errors import SpaceError
 
 _LINE_LIMIT = 300
+_HISTORY = 1000
 
 
 def write(text: str) -> None:
@@ -44,6 +47,61 @@ def error(message: str) -> None:
 
 def _escaped(char: str) -> str:
     return char.encode("unicode_escape", "surrogatepass").decode()
+
+
+def is_talking() -> bool:
+    """Whether a person types: then there are prompts and line editing."""
+    return sys.stdin is not None and sys.stdin.isatty() and sys.stdout is not None
+
+
+def ask(prompt: str) -> str | None:
+    """A line that is typed, or None at the end of input; no prompt is shown to a script."""
+    try:
+        if is_talking():
+            return input(prompt)
+        line = sys.stdin.readline() if sys.stdin is not None else ""
+        return line.removesuffix("\n") if line else None
+    except EOFError:
+        write("\n")
+        return None
+
+
+@contextlib.contextmanager
+def line_editing(words: Iterable[str]) -> Iterator[None]:
+    """History, kept in a file of the user's, and completion of `words` while lines are typed."""
+    if not is_talking():
+        yield
+        return
+    import readline
+
+    from platformdirs import user_state_path
+
+    path = user_state_path("mlacli") / "history"
+    known = sorted(words)
+    readline.set_completer_delims(" ")
+    readline.set_completer(
+        lambda text, i: next(iter([w for w in known if w.startswith(text)][i:]), None)
+    )
+    readline.parse_and_bind("tab: complete")
+    with contextlib.suppress(OSError):  # the first time there is none
+        readline.read_history_file(path)
+    readline.set_history_length(_HISTORY)
+    try:
+        yield
+    finally:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            readline.write_history_file(path)
+            path.chmod(0o600)
+        except OSError as problem:
+            note(f"note: the history is not kept: {path}: {problem.strerror}")
+
+
+def dim(text: str) -> str:
+    """Dim on a terminal that shows colours, else as it is."""
+    if not ENV.colours or sys.stdout is None or not sys.stdout.isatty():
+        return text
+    return f"\x1b[2m{text}\x1b[0m"
 
 
 def prepare_streams() -> None:

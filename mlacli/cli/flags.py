@@ -13,6 +13,8 @@ from typing import Any
 
 from codegen.formats import CACHE_FORMATS, LATENT_CACHE_TYPES
 from mlacli.cli.options import flag, parameter
+from mlacli.limits import Rule
+from mlacli.sampling_settings import SAMPLERS
 from mlacli.settings import RunSettings, fitted
 
 MODEL, ATTENTION, SAMPLING, PROMPT = "Model and memory", "Attention", "Sampling", "Prompt"
@@ -67,20 +69,117 @@ _TEXT: dict[str, tuple[str, str, str, str]] = {
         "MIB",
         "Most memory for K*Q; 0: no limit.",
     ),
-    "temp": (SAMPLING, "--temp --temperature", "T", "0 takes the likeliest token."),
-    "top_k": (SAMPLING, "--top-k", "N", "Only the N likeliest tokens; 0: all."),
-    "top_p": (SAMPLING, "--top-p", "P", "The likeliest tokens that make up P."),
-    "min_p": (SAMPLING, "--min-p", "P", "Only tokens at least P times as likely as the best."),
-    "repeat_penalty": (SAMPLING, "--repeat-penalty", "X", "Divides what was said before."),
-    "repeat_last_n": (SAMPLING, "--repeat-last-n", "N", "Tokens it looks at; -1: the context."),
-    "seed": (SAMPLING, "-s --seed", "N", "-1 (or 4294967295): a new one each time."),
     "n_predict": (
         PROMPT,
         "-n --predict --n-predict",
         "N",
         "Most tokens to generate; -1: until the model ends, -2: until the context is full.",
     ),
+    "samplers": (SAMPLING, "--samplers", "A;B", "Samplers in order, divided by semicolons."),
+    "sampling_seq": (
+        SAMPLING,
+        "--sampling-seq --sampler-seq",
+        "LETTERS",
+        "The same, a letter each: e penalties, d dry, s top_n_sigma, k top_k, f tfs_z, "
+        "y typical_p, p top_p, m min_p, x xtc, t temperature.",
+    ),
+    "temp": (SAMPLING, "--temp --temperature", "T", "0 takes the likeliest token."),
+    "dynatemp_range": (
+        SAMPLING,
+        "--dynatemp-range",
+        "R",
+        "Temperature between T - R and T + R, by how open the choice is.",
+    ),
+    "dynatemp_exp": (SAMPLING, "--dynatemp-exp", "E", "How it depends on that: entropy^E."),
+    "top_k": (SAMPLING, "--top-k", "N", "Only the N likeliest tokens; 0: all."),
+    "top_p": (SAMPLING, "--top-p", "P", "The likeliest tokens that make up P."),
+    "min_p": (SAMPLING, "--min-p", "P", "Tokens at least P times as likely as the likeliest."),
+    "top_n_sigma": (
+        SAMPLING,
+        "--top-n-sigma --top-nsigma",
+        "N",
+        "Logits within N standard deviations of the greatest; -1: all.",
+    ),
+    "tfs_z": (SAMPLING, "--tfs", "Z", "Tail-free sampling; 1: off."),
+    "typical_p": (SAMPLING, "--typical --typical-p", "P", "Locally typical sampling; 1: off."),
+    "xtc_probability": (SAMPLING, "--xtc-probability", "P", "Chance that XTC removes the top."),
+    "xtc_threshold": (
+        SAMPLING,
+        "--xtc-threshold",
+        "P",
+        "Of the tokens of at least this probability XTC leaves the least likely one.",
+    ),
+    "repeat_penalty": (SAMPLING, "--repeat-penalty", "X", "Weakens tokens used before; 1: off."),
+    "presence_penalty": (SAMPLING, "--presence-penalty", "X", "Taken from tokens used before."),
+    "frequency_penalty": (SAMPLING, "--frequency-penalty", "X", "The same for each use."),
+    "repeat_last_n": (
+        SAMPLING,
+        "--repeat-last-n",
+        "N",
+        "Tokens these penalties look at; -1: the context.",
+    ),
+    "dry_multiplier": (
+        SAMPLING,
+        "--dry-multiplier",
+        "X",
+        "DRY: weakens tokens that go on with a repetition; 0: off.",
+    ),
+    "dry_base": (SAMPLING, "--dry-base", "B", "Its penalty grows by this factor per token."),
+    "dry_allowed_length": (SAMPLING, "--dry-allowed-length", "N", "Repetitions that are free."),
+    "dry_penalty_last_n": (SAMPLING, "--dry-penalty-last-n", "N", "Tokens it looks at; -1: all."),
+    "dry_sequence_breaker": (
+        SAMPLING,
+        "--dry-sequence-breaker",
+        "TEXT",
+        "Text that ends a repetition; may be repeated; none: no such text.",
+    ),
+    "mirostat": (SAMPLING, "--mirostat", "0|1|2", "Keep the surprise of the text steady; 0: off."),
+    "mirostat_ent": (SAMPLING, "--mirostat-ent", "TAU", "That surprise, in bits per token."),
+    "mirostat_lr": (SAMPLING, "--mirostat-lr", "ETA", "How fast it is corrected."),
+    "logit_bias": (
+        SAMPLING,
+        "-l --logit-bias",
+        "ID+X",
+        "Added to a token's logit; may be repeated.",
+    ),
+    "seed": (SAMPLING, "-s --seed", "N", "-1 (or 4294967295): a new one each time."),
     "ignore_eos": (SAMPLING, "--ignore-eos", "", "Go on after the end token."),
+    "context_shift": (
+        PROMPT,
+        "--context-shift/--no-context-shift",
+        "",
+        "When the context is full, drop the oldest half of it and go on.",
+    ),
+    "keep": (PROMPT, "--keep", "N", "Tokens of the prompt that it keeps; -1: all."),
+    "single_turn": (PROMPT, "-st --single-turn", "", "Of a conversation only the first answer."),
+    "reverse_prompt": (
+        PROMPT,
+        "-r --reverse-prompt",
+        "TEXT",
+        "Text that ends an answer of a conversation; may be repeated.",
+    ),
+    "in_prefix": (PROMPT, "--in-prefix", "TEXT", "Put before every message typed."),
+    "in_suffix": (PROMPT, "--in-suffix", "TEXT", "Put behind every message typed."),
+    "multiline": (
+        PROMPT,
+        "-mli --multiline-input",
+        "",
+        r"A message ends with a line that ends with \, instead of going on after one.",
+    ),
+    "reasoning": (
+        PROMPT,
+        "-rea --reasoning",
+        "auto|on|off",
+        "Show what is thought before an answer: dim on a terminal, as it comes, not at all.",
+    ),
+    "prompt_cache": (
+        PROMPT,
+        "--prompt-cache",
+        "FILE",
+        "Keep the evaluated prompt in a file; what it has of the next one is not evaluated again.",
+    ),
+    "prompt_cache_all": (PROMPT, "--prompt-cache-all", "", "Keep the answer in it, too."),
+    "prompt_cache_ro": (PROMPT, "--prompt-cache-ro", "", "Read that file, but never write it."),
 }
 _SHOWN_DEFAULT = {
     "model": DEMO_MODEL,
@@ -89,6 +188,11 @@ _SHOWN_DEFAULT = {
     "n_threads_batch": "-t",
     "mla_threshold": "128 with -mla 2, measured with -mla 3",
     "ser": "off",
+    "samplers": ";".join(SAMPLERS),
+    "sampling_seq": "",
+    "dry_sequence_breaker": r'\n : " *',
+    "logit_bias": "",
+    "reverse_prompt": "",
 }
 
 
@@ -112,7 +216,8 @@ def flags_of(*owners: type[Any]) -> Iterator[inspect.Parameter]:
         if field.name in _TEXT:
             section, names, placeholder, text = _TEXT[field.name]
             option = flag(names, section, placeholder, text, shown_default(field))
-            yield parameter(field.name, option, str | None if placeholder else bool | None)
+            one = list[str] if field.metadata.get("each") else str if placeholder else bool
+            yield parameter(field.name, option, one | None)
 
 
 def given(owner: type[Any], values: Mapping[str, Any]) -> dict[str, Any]:
@@ -121,8 +226,11 @@ def given(owner: type[Any], values: Mapping[str, Any]) -> dict[str, Any]:
     for field in fields(owner):
         value = values.get(field.name)
         if value is not None:
-            rule = field.metadata.get("rule")
-            found[field.name] = rule.parse(value) if rule and isinstance(value, str) else value
+            rule: Rule | None = field.metadata.get("rule")
+            if rule and isinstance(value, list):
+                found[field.name] = tuple(map(rule.parse, value))
+            else:
+                found[field.name] = rule.parse(value) if rule and isinstance(value, str) else value
     return found
 
 

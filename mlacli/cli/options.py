@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, TypeVar
 import typer
 from typer.core import TyperCommand, TyperOption
 
+from mlacli.cli.refused import REFUSED
 from mlacli.errors import UsageError
 
 if TYPE_CHECKING:
@@ -84,20 +85,25 @@ class StrictCommand(TyperCommand):
     """A command that reads argv by the rules of `normalise` and lists its flags by section.
 
     `rewrites` maps a flag to the words that stand for it (`-no-fa` -> `-fa off`); no words when
-    there is nothing to switch off.
+    there is nothing to switch off. `operands` names the parameter that takes the words that belong
+    to no flag, where there may be any.
     """
 
     rewrites: ClassVar[Mapping[str, str]] = {}
+    operands: ClassVar[str] = ""
 
     def parse_args(self, ctx: Context, args: list[str]) -> list[str]:
         if ctx.resilient_parsing:  # a shell asks what could follow
             return super().parse_args(ctx, args)
         flags = self.flags()
-        given = list(normalise(args, flags, self.rewrites))
+        given = list(normalise(args, flags, self.rewrites, operands=bool(self.operands)))
         if any(name in HELP_NAMES for name, _ in given):
             return super().parse_args(ctx, ["--help"])
         ctx.params |= {option.name: option.default for option in self.options()}
         for name, value in given:
+            if not name:
+                ctx.params[self.operands] = [*(ctx.params[self.operands] or []), value]
+                continue
             option = flags[name]
             assert option is not None
             if option.is_flag:
@@ -159,15 +165,20 @@ def _names(option: TyperOption) -> str:
 
 
 def normalise(
-    argv: Sequence[str], flags: _Flags, rewrites: Mapping[str, str]
+    argv: Sequence[str], flags: _Flags, rewrites: Mapping[str, str], *, operands: bool = False
 ) -> Iterator[tuple[str, str | None]]:
     """(name, value or None) of every flag in argv; names as declared, bare flags with a value.
+
+    With `operands`, words that belong to no flag come with an empty name.
 
     Raises UsageError for an unknown flag, a missing value, a value where none belongs, an
     attached value (`-ub256`) and a word that belongs to no flag.
     """
     words = deque(argv)
     while words:
+        if operands and not words[0].startswith("-"):
+            yield "", words.popleft()
+            continue
         name, value = _split(words.popleft(), flags)
         option = flags[name]
         if option is not None and not option.is_flag:
@@ -208,6 +219,8 @@ def _split(word: str, flags: _Flags) -> tuple[str, str | None]:
     name = _long(name)
     if name in flags:
         return name, value if equals else None
+    if name in REFUSED:
+        raise UsageError(f"{name}: {REFUSED[name]}")
     short = re.fullmatch(r"(-[a-zA-Z])(-?\d+)", word)
     if short and short[1] in flags:  # -c4096, as getopt has it
         return short[1], short[2]

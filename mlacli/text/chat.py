@@ -37,7 +37,7 @@ class ChatTemplate:
 
     `control_texts` are the spellings of all control tokens: where a message contains one, the
     prompt is cut within it, so that it is encoded as the text that it is. Use it as a context
-    manager or call `close`.
+    manager or call `close`. `extra` are variables besides those it always has.
     """
 
     def __init__(
@@ -47,8 +47,9 @@ class ChatTemplate:
         eos: str = "",
         control_texts: Sequence[str] = (),
         name: str = "model",
+        extra: Mapping[str, Any] | None = None,
     ) -> None:
-        self._name = name
+        self._name, self._extra = name, dict(extra or {})
         size = len(source.encode("utf-8", "surrogatepass"))
         if size > MAX_TEMPLATE_BYTES:
             raise self._problem(f"has {size} bytes (limit {MAX_TEMPLATE_BYTES})")
@@ -91,6 +92,7 @@ class ChatTemplate:
             "add_generation_prompt": add_generation_prompt,
             "tools": None,
             "documents": None,
+            **self._extra,
         }
         text = self._ask(json.dumps(request).encode())
         self.notes = _notes(messages, text.replace(cut, ""))

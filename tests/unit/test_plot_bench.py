@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from scripts.plot_bench import Line, lines_of, main, of_kind, rows_of
+from mlacli.results import rows_of
+from scripts.plot_bench import Line, lines_of, main, of_kind
 
 DEPTHS = [
     {"n_prompt": 0, "n_gen": 32, "n_depth": depth, "mla": mla, "avg_ts": 20.0 - mla - depth / 1024}

@@ -1,4 +1,4 @@
-"""Each filter against its formula written another way, the chain, seeds and refusals."""
+"""The chain of samplers: order, seeds, refusals, speed. The filters have test_filters.py."""
 
 from __future__ import annotations
 
@@ -9,126 +9,18 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
-from hypothesis.extra import numpy as hnp
 
-from mlacli.errors import ModelError
-from mlacli.settings import MAX_SEED, RANDOM_SEEDS, SamplingSettings
-from mlacli.text import sampling
-from mlacli.text.sampling import Logits, Sampler
-
-# quarters, so that there are many ties
-LOGITS = hnp.arrays(
-    np.float64, st.integers(1, 40), elements=st.integers(-40, 40).map(lambda n: n / 4)
+from mlacli.errors import ModelError, UsageError
+from mlacli.sampling_settings import (
+    MAX_SEED,
+    RANDOM_SEEDS,
+    SAMPLERS,
+    SamplingSettings,
+    sampling_notes,
 )
-P = st.floats(0.0, 1.0)
-
-
-def probabilities(logits: Logits) -> list[float]:
-    weights = [math.exp(float(x) - float(max(logits))) for x in logits]
-    return [weight / math.fsum(weights) for weight in weights]
-
-
-def ranked(logits: Logits) -> list[int]:
-    """Ids from the most to the least probable, of equals the smallest id first."""
-    return sorted(range(len(logits)), key=lambda i: (-logits[i], i))
-
-
-def kept(logits: Logits) -> set[int]:
-    return {i for i, x in enumerate(logits) if x > -np.inf}
-
-
-def assert_keeps(result: Logits, logits: Logits, ids: set[int]) -> None:
-    expected = [x if i in ids else -np.inf for i, x in enumerate(logits)]
-    np.testing.assert_array_equal(result, expected)
-
-
-@given(logits=LOGITS, k=st.integers(0, 45))
-def test_top_k(logits: Logits, k: int) -> None:
-    ids = ranked(logits)[: k or None]
-    assert_keeps(sampling.top_k(logits, k), logits, set(ids))
-    assert sampling.top_k_ids(logits, k).tolist() == sorted(ids)
-
-
-@given(logits=LOGITS, p=P)
-def test_top_p(logits: Logits, p: float) -> None:
-    weights = probabilities(logits)
-    order = ranked(logits)
-    sums = [math.fsum(weights[i] for i in order[: n + 1]) for n in range(len(order))]
-    if any(abs(total - p) < 1e-12 for total in sums):
-        return  # on the edge, where the rounding of the sum decides
-    count = next((n + 1 for n, total in enumerate(sums) if total >= p), len(order))
-    assert_keeps(sampling.top_p(logits, p), logits, set(order[:count]))
-
-
-def test_top_p_over_a_flat_vocabulary() -> None:
-    logits = np.zeros(5000)
-    assert len(kept(sampling.top_p(logits, 0.5))) in (2500, 2501)
-    assert kept(sampling.top_p(logits, 0.01)) in (set(range(50)), set(range(51)))
-    assert sampling.top_p(logits, 1.0) is logits
-
-
-@given(logits=LOGITS, p=P)
-def test_min_p(logits: Logits, p: float) -> None:
-    weights = probabilities(logits)
-    if any(math.isclose(weight, p * max(weights), rel_tol=1e-9) for weight in weights if p < 1):
-        return
-    ids = {i for i, weight in enumerate(weights) if weight >= p * max(weights)}
-    assert_keeps(sampling.min_p(logits, p), logits, ids)
-
-
-@given(logits=LOGITS, temp=st.floats(0.05, 20))
-def test_temperature(logits: Logits, temp: float) -> None:
-    weights = [p ** (1 / temp) for p in probabilities(logits)]
-    expected = [weight / math.fsum(weights) for weight in weights]
-    result = sampling.softmax(sampling.temperature(logits, temp))
-    np.testing.assert_allclose(result, expected, rtol=1e-9, atol=1e-12)
-
-
-@given(logits=LOGITS, recent=st.lists(st.integers(0, 60), max_size=20), penalty=st.floats(0.25, 4))
-def test_repeat_penalty(logits: Logits, recent: list[int], penalty: float) -> None:
-    recent = [token for token in recent if token < len(logits)]
-    before = logits.copy()
-    result = sampling.repeat_penalty(logits, recent, penalty)
-    expected = [
-        x if i not in recent else x / penalty if x > 0 else x * penalty
-        for i, x in enumerate(logits)
-    ]
-    np.testing.assert_array_equal(result, expected)
-    np.testing.assert_array_equal(logits, before)
-
-
-@given(logits=LOGITS)
-def test_greedy_and_softmax(logits: Logits) -> None:
-    assert sampling.greedy(logits) == ranked(logits)[0]
-    np.testing.assert_allclose(sampling.softmax(logits), probabilities(logits), rtol=1e-12)
-
-
-@given(logits=LOGITS, p=P, k=st.integers(1, 40), fraction=st.floats(0, 1, exclude_max=True))
-def test_a_draw_never_takes_what_was_removed(
-    logits: Logits, p: float, k: int, fraction: float
-) -> None:
-    left = sampling.min_p(sampling.top_p(sampling.top_k(logits, k), p), p / 2)
-    assert sampling.draw(left, fraction) in kept(left)
-    assert ranked(logits)[0] in kept(left)
-
-
-def test_a_draw_is_the_inverse_of_the_cumulative_probabilities() -> None:
-    logits = np.log([0.5, 1e-300, 0.25, 0.25])
-    assert [sampling.draw(logits, f) for f in (0.0, 0.49, 0.51, 0.74, 0.76, 1 - 2**-53)] == [
-        0,
-        0,
-        2,
-        2,
-        3,
-        3,
-    ]
-    removed = np.array([-np.inf, 0.0, -np.inf])
-    assert sampling.draw(removed, 0.0) == sampling.draw(removed, 1 - 2**-53) == 1
-
-
-# --- the chain ---
+from mlacli.text.filters import Logits
+from mlacli.text.sampling import Sampler
+from tests.unit.test_filters import probabilities, ranked
 
 
 def samples(logits: Logits, count: int, **values: Any) -> list[int]:
@@ -222,3 +114,99 @@ def test_a_large_vocabulary_takes_under_a_millisecond() -> None:
         times.append(time.perf_counter() - start)
     # 0.25 ms on AVX-512; min, as others may use the machine; 2 ms leaves room for old CPUs
     assert min(times) < 2e-3
+
+
+# --- the order ---
+
+
+def test_samplers_run_in_the_order_given() -> None:
+    logits = np.log([0.4, 0.3, 0.2, 0.1])
+    # 0.4 of what top_k left is enough for top_p only if top_k has run before
+    first = samples(logits, 50, seed=3, top_k=2, top_p=0.5, samplers=("top_k", "top_p"))
+    then = samples(logits, 50, seed=3, top_k=2, top_p=0.5, samplers=("top_p", "top_k"))
+    assert set(first) == {0} and set(then) == {0, 1}
+
+
+def test_without_temperature_in_the_list_probabilities_are_the_models() -> None:
+    logits = np.log([0.6, 0.3, 0.1])
+    counts = Counter(samples(logits, 20_000, seed=1, temp=0.2, samplers=()))
+    for token, share in enumerate((0.6, 0.3, 0.1)):
+        assert abs(counts[token] / 20_000 - share) < 0.02
+
+
+def test_xtc_is_a_matter_of_chance() -> None:
+    logits = np.log([0.5, 0.3, 0.15, 0.05])
+    values: dict[str, Any] = {"seed": 5, "xtc_threshold": 0.2, "samplers": ("xtc",)}
+    assert 0 not in samples(logits, 200, xtc_probability=1.0, **values)
+    counts = Counter(samples(logits, 20_000, xtc_probability=0.5, **values))
+    assert abs(counts[0] / 20_000 - 0.25) < 0.02
+
+
+def test_logit_bias() -> None:
+    logits = np.array([1.0, 5.0, 2.0, 1.5], np.float32)
+    assert samples(logits, 1, temp=0, logit_bias=((1, -np.inf), (3, 1.0))) == [3]
+    assert logits.tolist() == [1.0, 5.0, 2.0, 1.5]
+    with pytest.raises(UsageError, match=r"^-l: token 4 is outside the vocabulary \(0 to 3\)$"):
+        Sampler(SamplingSettings(logit_bias=((4, 1.0),)), 4)
+
+
+def test_only_allowed_tokens_come() -> None:
+    logits = np.zeros(100, np.float32)
+    allowed = np.full(100, -np.inf, np.float32)
+    allowed[[7, 9]] = 0
+    for temp in (0.0, 1.0):
+        sampler = Sampler(SamplingSettings(temp=temp, seed=1, top_k=3), 100)
+        assert {sampler.sample(logits, allowed) for _ in range(50)} <= {7, 9}
+
+
+def test_dry_stops_a_repetition() -> None:
+    pieces = {0: b"a", 1: b"b", 2: b"c", 3: b"\n"}
+    values: dict[str, Any] = {"temp": 0, "dry_multiplier": 1.0, "dry_base": 2.0}
+    logits = np.array([0.0, 1.0, 1.9, 0.0])
+
+    def after(tokens: list[int], **more: Any) -> int:
+        sampler = Sampler(SamplingSettings(**values | more), 4, (), pieces.__getitem__)
+        for token in tokens:
+            sampler.accept(token)
+        return sampler.sample(logits)
+
+    assert after([0, 1, 2, 0, 1]) == 1  # c followed a b: it loses 1
+    assert after([0, 1, 2, 0, 1], dry_allowed_length=3) == 2
+    assert after([0, 1, 2, 3, 1]) == 2  # the break leaves one token of it
+    assert after([0, 1, 2, 0, 1], dry_penalty_last_n=3) == 2
+
+
+def test_rewind_forgets() -> None:
+    logits = np.array([2.0, 1.9])
+    sampler = Sampler(SamplingSettings(temp=0, repeat_penalty=2.0), 2)
+    sampler.accept(1)
+    sampler.accept(0)
+    assert sampler.sample(logits) == 0
+    sampler.rewind(1)
+    assert sampler.position == 1 and sampler.sample(logits) == 0
+    sampler.rewind(0)
+    sampler.accept(0)
+    assert sampler.sample(logits) == 1
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_mirostat_reaches_its_target(version: int) -> None:
+    logits = np.log(np.arange(1, 3001) ** -1.1).astype(np.float32)
+    sampler = Sampler(SamplingSettings(temp=1, mirostat=version, mirostat_ent=4, seed=2), 3000)
+    weights = np.array(probabilities(logits.astype(float)))
+    tokens = [sampler.sample(logits) for _ in range(3000)][500:]
+    # the surprise among those it chose from: what the method holds steady
+    assert np.mean(-np.log2(weights[tokens])) == pytest.approx(4, abs=1.2)
+
+
+def test_what_runs_in_place_of_mirostat_is_said() -> None:
+    settings = SamplingSettings(mirostat=2, top_k=10, samplers=("top_k",))
+    assert sampling_notes(settings) == [
+        "top_k has no effect: top_k is left out by --mirostat 2",
+        "the list of samplers has no effect with --mirostat 2",
+    ]
+    assert sampling_notes(SamplingSettings(samplers=("top_k",), top_p=0.5)) == [
+        "top_p has no effect: top_p is left out by the list of samplers"
+    ]
+    assert sampling_notes(SamplingSettings()) == []
+    assert SamplingSettings().chain == SAMPLERS

@@ -11,8 +11,9 @@ import pytest
 from codegen.formats import CACHE_FORMATS, LATENT_CACHE_TYPES
 from mlacli import cpu_count, settings
 from mlacli.errors import UsageError
-from mlacli.limits import Choice, Limit, Switch, parse_list, parse_pairs
-from mlacli.settings import MAX_SEED, Request, RunSettings, SamplingSettings, fitted, notes
+from mlacli.limits import Choice, Limit, Switch, parse_list, parse_pairs, rules
+from mlacli.sampling_settings import MAX_SEED, SAMPLERS, SamplingSettings
+from mlacli.settings import Request, RunSettings, fitted, notes
 
 
 def test_defaults() -> None:
@@ -162,7 +163,57 @@ def test_sampling_at_the_edges() -> None:
 
 
 def test_sampling_defaults_are_llama_cpps() -> None:
-    assert SamplingSettings() == SamplingSettings(0.8, 40, 0.95, 0.05, 1.0, 64, -1, False)
+    settings = SamplingSettings()
+    assert (settings.temp, settings.top_k, settings.top_p, settings.min_p) == (0.8, 40, 0.95, 0.05)
+    assert (settings.repeat_penalty, settings.repeat_last_n, settings.seed) == (1.0, 64, -1)
+    assert (settings.typical_p, settings.tfs_z, settings.top_n_sigma) == (1.0, 1.0, -1.0)
+    assert (settings.dry_base, settings.dry_allowed_length) == (1.75, 2)
+    assert (settings.mirostat_ent, settings.mirostat_lr) == (5.0, 0.1)
+    off = (settings.dry_multiplier, settings.xtc_probability, settings.dynatemp_range)
+    assert off == (0.0, 0.0, 0.0) and not settings.mirostat and not settings.ignore_eos
+
+
+@pytest.mark.parametrize(
+    ("field", "text", "value"),
+    [
+        ("samplers", "top-k; TEMP;nucleus", ("top_k", "temperature", "top_p")),
+        ("samplers", "typ_p;tfs;top_nsigma", ("typical_p", "tfs_z", "top_n_sigma")),
+        ("samplers", "", ()),
+        ("sampling_seq", "edskfypmxt", SAMPLERS),
+        ("sampling_seq", "ktn", ("top_k", "temperature", "top_n_sigma")),
+        ("logit_bias", "29905+1.5", (29905, 1.5)),
+        ("logit_bias", "7-inf", (7, -math.inf)),
+        ("logit_bias", "7-.5", (7, -0.5)),
+    ],
+)
+def test_what_sampling_flags_read(field: str, text: str, value: Any) -> None:
+    assert rules(SamplingSettings)[field].parse(text) == value
+
+
+@pytest.mark.parametrize(
+    ("field", "text", "line"),
+    [
+        ("samplers", "topk", "did you mean top_k?"),
+        ("samplers", "adaptive-p", "--samplers: 'adaptive-p' is not a sampler of mlacli"),
+        ("samplers", "bogus", "--samplers: 'bogus' is not one of penalties, dry, "),
+        ("sampling_seq", "kz", "--sampling-seq: 'z' is not one of e penalties, d dry, "),
+        ("sampling_seq", "w", "--sampling-seq: 'w' (adaptive_p) is not a sampler of mlacli"),
+        ("logit_bias", "7", "-l: '7' is not a token and a bias such as 29905-1.5"),
+        ("logit_bias", "7+inf", "-l: '7+inf' is not a token and a bias such as 29905-1.5"),
+        ("logit_bias", "-1+1", "-l: '-1+1' is not a token and a bias such as 29905-1.5"),
+        ("dry_sequence_breaker", "", "--dry-sequence-breaker: 0 characters are out of range"),
+        ("mirostat", "3", "--mirostat: 3 is out of range (0 to 2)"),
+    ],
+)
+def test_what_sampling_flags_refuse(field: str, text: str, line: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        rules(SamplingSettings)[field].parse(text)
+    assert line in str(caught.value)
+
+
+def test_one_list_of_samplers_only() -> None:
+    with pytest.raises(UsageError, match=r"^--samplers and --sampling-seq: give one"):
+        SamplingSettings(samplers=("top_k",), sampling_seq=("top_k",))
 
 
 def test_request_needs_a_prompt() -> None:
@@ -174,7 +225,7 @@ def test_request_needs_a_prompt() -> None:
 
 
 def test_every_field_that_a_flag_sets_has_a_rule() -> None:
-    ruled = settings.rules(RunSettings)
+    ruled = rules(RunSettings)
     assert set(RunSettings.__dataclass_fields__) - set(ruled) == {"model", "verbose"}
 
 
@@ -234,7 +285,7 @@ def test_lists_of_words_and_switches() -> None:
 
 
 def test_expert_reduction() -> None:
-    rule = settings.rules(RunSettings)["ser"]
+    rule = rules(RunSettings)["ser"]
     assert rule.parse("4,0.3") == (4, 0.3)
     assert parse_list(rule, "-1,0;6,1") == [None, (6, 1.0)]
     for text in ("4", "a,1", "0,1", "4,1.5", "4,nan", "4,", "1,2,3"):
