@@ -60,13 +60,29 @@ class Session:
         if self.template is not None:
             self.template.close()
 
+    def announce(self, note: Callable[[str], None]) -> None:
+        """Interleave weights if wanted, and say what is about to run. Raises SpaceError."""
+        engine, request, settings = self.engine, self.request, self.engine.settings
+        for line in buffer_lines(engine.plan, settings):
+            note(line)
+        for line in repack_notes(engine.plan, settings):
+            note(f"note: {line}")
+        engine.repack(progress_lines(note))
+        for line in memory_notes(self.model, settings):
+            note(line)
+        if settings.verbose:
+            note(_path_line(engine))
+        for line in sampling_lines(request.sampling, self.generator.sampler.seed):
+            note(line)
+        note(
+            f"generate: n_ctx = {engine.n_ctx}, n_batch = {settings.n_batch}, "
+            f"n_predict = {request.n_predict}"
+        )
+
     def tokens_of(self, messages: Messages, note: Callable[[str], None]) -> list[int]:
         """A conversation's tokens, through the chat template. Raises ModelError, UsageError."""
         assert self.template is not None
-        pieces = self.template.render(messages)
-        for line in self.template.notes:
-            note(f"note: {line}")
-        return self.tokenizer.encode_prompt(pieces)
+        return _through(self.template, self.tokenizer, messages, note)
 
     def save(self) -> None:
         """Write --prompt-cache, unless it is only read. Raises SpaceError."""
@@ -112,23 +128,8 @@ def open_session(
     n_ctx = context_size(model.config, settings, note=note)
     jit = make_jit()
     engine = start_engine(model, settings, jit, n_ctx)
-    for line in buffer_lines(engine.plan, settings):
-        note(line)
-    for line in repack_notes(engine.plan, settings):
-        note(f"note: {line}")
-    engine.repack(progress_lines(note))
-    for line in memory_notes(model, settings):
-        note(line)
-    if settings.verbose:
-        note(_path_line(engine))
     end_ids = () if constraint else tokenizer.end_ids
     sampler = Sampler(request.sampling, model.config.n_vocab, end_ids, tokenizer.piece)
-    for line in sampling_lines(request.sampling, sampler.seed):
-        note(line)
-    note(
-        f"generate: n_ctx = {engine.n_ctx}, n_batch = {settings.n_batch}, "
-        f"n_predict = {request.n_predict}"
-    )
     generator = Generator(engine, sampler, timings, profiles, constraint=constraint)
     return Session(model, tokenizer, template, generator, jit, request)
 
@@ -146,6 +147,7 @@ def run_prompt(
     with open_session(settings, request, note, profiles=profiles) as session:
         engine, timings = session.engine, session.generator.timings
         tokens = prompt_tokens(session, note)
+        session.announce(note)
         batch = min(len(tokens), settings.n_ubatch)
         engine.prepare(engine.graph_name(batch), engine.graph_name(1))
         for line in session.jit.notes:
@@ -265,6 +267,12 @@ def encode_prompt(
     messages = [{"role": "user", "content": request.prompt}]
     if request.system:
         messages.insert(0, {"role": "system", "content": request.system})
+    return _through(template, tokenizer, messages, note)
+
+
+def _through(
+    template: ChatTemplate, tokenizer: Tokenizer, messages: Messages, note: Callable[[str], None]
+) -> list[int]:
     pieces = template.render(messages)
     for line in template.notes:
         note(f"note: {line}")

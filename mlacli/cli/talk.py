@@ -22,6 +22,7 @@ QUOTES = '"""'
 def talk(settings: RunSettings, request: Request) -> int:
     """A conversation until /exit, the end of input or Ctrl-C at the prompt."""
     with open_session(settings, request, console.note) as session:
+        session.announce(console.note)
         session.engine.prepare(session.engine.graph_name(1))
         for line in session.jit.notes:
             console.note(f"note: {line}")
