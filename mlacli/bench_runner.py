@@ -86,7 +86,7 @@ class EngineRunner:
     ) -> tuple[int, int]:
         """The timed part: the prompt, then one token after another; nanoseconds of each."""
         at = case.n_depth + case.n_fill
-        prompt, tokens = _tokens(engine, case.n_prompt), _tokens(engine, case.n_gen)
+        prompt, tokens = random_tokens(engine, case.n_prompt), random_tokens(engine, case.n_gen)
         engine.profile = profiles.prompt if profiles else None
         start = time.perf_counter_ns()
         if case.n_prompt:
@@ -105,7 +105,7 @@ class EngineRunner:
             engine.cache.truncate(0, at)
         have = engine.cache.n_used
         if have < at:
-            engine.eval(_tokens(engine, at - have), range(have, at))
+            engine.eval(random_tokens(engine, at - have), range(have, at))
 
     def _engine_for(self, settings: RunSettings) -> Engine:
         needed, kind = max(settings.n_ctx or 1, 1), replace(settings, n_ctx=0)
@@ -176,7 +176,7 @@ class EngineRunner:
         return case.n_timed / seconds
 
 
-def _tokens(engine: Engine, n: int) -> Sequence[int]:
+def random_tokens(engine: Engine, n: int) -> Sequence[int]:
     """Random ids, as llama-bench takes them."""
     ids: list[int] = np.random.default_rng().integers(engine.model.config.n_vocab, size=n).tolist()
     return ids

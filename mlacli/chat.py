@@ -10,7 +10,7 @@ from typing import Any
 
 from mlacli.errors import SessionError, SpaceError, UsageError
 from mlacli.files import write_whole
-from mlacli.session import Session, kept
+from mlacli.session import Session, kept, rendered
 from mlacli.text.reasoning import opens_a_thought
 from mlacli.text.tokenizer import StreamDecoder
 
@@ -26,6 +26,7 @@ class Conversation:
     session: Session
     note: Callable[[str], None]
     messages: list[dict[str, str]] = field(default_factory=list)
+    in_thought: bool = False  # the template lets the answer begin within a thought
 
     def set_system(self, text: str) -> None:
         """Put another system message in front; none if it is empty."""
@@ -37,7 +38,7 @@ class Conversation:
     def ask(self, text: str) -> Iterator[str]:
         """The answer to a message, piece by piece. Raises Cancelled, MlaError."""
         self.messages.append({"role": "user", "content": text})
-        return self._answer()
+        return self._answer(self._fitting())
 
     def ask_again(self) -> Iterator[str]:
         """Another answer to the last message. Raises UsageError if there is none."""
@@ -45,25 +46,18 @@ class Conversation:
             self.messages.pop()
         if not self.messages or self.messages[-1]["role"] != "user":
             raise UsageError("there is no message to answer again")
-        return self._answer()
-
-    def opens_a_thought(self) -> bool:
-        """Whether the template lets the answer begin within a thought."""
-        template = self.session.template
-        assert template is not None
-        return opens_a_thought("".join(piece.text for piece in template.render(self.messages)))
+        return self._answer(self._fitting())
 
     def clear(self) -> None:
         """Forget everything but the system message."""
         self.messages = [m for m in self.messages[:1] if m["role"] == "system"]
 
-    def _answer(self) -> Iterator[str]:
+    def _answer(self, tokens: list[int]) -> Iterator[str]:
         generator, request = self.session.generator, self.session.request
         tokenizer, said = self.session.tokenizer, ""
         if generator.constraint:
             generator.constraint.restart()
         try:
-            tokens = self._fitting()
             logits = generator.prompt(tokens)
             generator.keep = kept(self.session, len(tokens))
             decoder = StreamDecoder(tokenizer)
@@ -84,9 +78,12 @@ class Conversation:
 
     def _fitting(self) -> list[int]:
         """The conversation's tokens; its oldest turns are forgotten when it has become too long."""
-        room = self.session.engine.n_ctx - 1
+        room, template = self.session.engine.n_ctx - 1, self.session.template
+        assert template is not None
         while True:
-            tokens = self.session.tokens_of(self.messages, self.note)
+            pieces = rendered(template, self.messages, self.note)
+            tokens = self.session.tokenizer.encode_prompt(pieces)
+            self.in_thought = opens_a_thought("".join(piece.text for piece in pieces))
             if len(tokens) <= room:
                 return tokens
             first = int(self.messages[0]["role"] == "system")

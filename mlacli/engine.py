@@ -189,12 +189,17 @@ class Engine:
         inputs["seq"][:n] = sequences
         inputs["cells"][:n] = cells
         inputs["out_rows"][: len(wanted)] = wanted
-        angles = np.outer(np.asarray(positions, np.float64), self._frequencies)
-        rope = inputs["rope"][:n]
-        rope[:, 0::2], rope[:, 1::2] = np.cos(angles), np.sin(angles)
+        inputs["rope"][:n] = self._rotations(positions)
         for i, dim in enumerate(Dim):
             sizes = {Dim.N_TOKENS: n, Dim.N_KV: self.cache.n_rows, Dim.N_OUT: len(wanted)}
             self._dims[i] = sizes[dim]
+
+    def _rotations(self, positions: Sequence[int]) -> npt.NDArray[np.float32]:
+        """Of each position the cosine and sine of each pair's angle, side by side."""
+        angles = np.outer(np.asarray(positions, np.float64), self._frequencies)
+        rope = np.empty((len(positions), 2 * self._frequencies.size), np.float32)
+        rope[:, 0::2], rope[:, 1::2] = np.cos(angles), np.sin(angles)
+        return rope
 
     def shift(self, first: int, n: int) -> None:
         """Context shift: drop n tokens from position `first` on and move the later ones up.
@@ -206,9 +211,7 @@ class Engine:
         kind, n_heads, n_before = "c", 1, layout.kv_lora_rank
         if not layout.latent:
             kind, n_heads, n_before = "k", layout.n_head, layout.n_nope
-        angles = -n * self._frequencies
-        rope = np.empty(layout.n_rope, np.float32)
-        rope[0::2], rope[1::2] = np.cos(angles), np.sin(angles)
+        rope = self._rotations([-n])
         spec = shift_rows(
             n_heads=n_heads, n_before=n_before, n_rope=layout.n_rope, fmt=layout.fmt_k
         )

@@ -79,11 +79,6 @@ class Session:
             f"n_predict = {request.n_predict}"
         )
 
-    def tokens_of(self, messages: Messages, note: Callable[[str], None]) -> list[int]:
-        """A conversation's tokens, through the chat template. Raises ModelError, UsageError."""
-        assert self.template is not None
-        return _through(self.template, self.tokenizer, messages, note)
-
     def save(self) -> None:
         """Write --prompt-cache, unless it is only read. Raises SpaceError."""
         path = self.request.prompt_cache
@@ -267,16 +262,17 @@ def encode_prompt(
     messages = [{"role": "user", "content": request.prompt}]
     if request.system:
         messages.insert(0, {"role": "system", "content": request.system})
-    return _through(template, tokenizer, messages, note)
+    return tokenizer.encode_prompt(rendered(template, messages, note))
 
 
-def _through(
-    template: ChatTemplate, tokenizer: Tokenizer, messages: Messages, note: Callable[[str], None]
-) -> list[int]:
+def rendered(
+    template: ChatTemplate, messages: Messages, note: Callable[[str], None]
+) -> list[Piece]:
+    """The prompt that a template makes of messages. Raises ModelError, UsageError."""
     pieces = template.render(messages)
     for line in template.notes:
         note(f"note: {line}")
-    return tokenizer.encode_prompt(pieces)
+    return pieces
 
 
 def _template(tokenizer: Tokenizer, request: Request) -> ChatTemplate | None:

@@ -7,8 +7,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import numpy as np
-
+from mlacli.bench_runner import random_tokens
 from mlacli.engine import Engine
 from mlacli.errors import UsageError
 
@@ -93,20 +92,15 @@ def sweep(
 
 def _prompt(engine: Engine, n_kv: int, n: int) -> float:
     engine.cache.truncate(0, n_kv)
-    tokens, start = _tokens(engine, n), time.perf_counter()
+    tokens, start = random_tokens(engine, n), time.perf_counter()
     engine.eval(tokens, range(n_kv, n_kv + n))
     return time.perf_counter() - start
 
 
 def _generation(engine: Engine, n_kv: int, n: int) -> float:
-    tokens, start = _tokens(engine, n), time.perf_counter()
+    tokens, start = random_tokens(engine, n), time.perf_counter()
     for i, token in enumerate(tokens, n_kv):
         engine.eval([token], [i])
     seconds = time.perf_counter() - start
     engine.cache.truncate(0, n_kv)
     return seconds
-
-
-def _tokens(engine: Engine, n: int) -> list[int]:
-    ids: list[int] = np.random.default_rng().integers(engine.model.config.n_vocab, size=n).tolist()
-    return ids

@@ -54,8 +54,8 @@ _PROFILE = flag("--profile", OTHER, "", PROFILE_HELP)
 _GRAMMARS = {
     "gbnf": ("grammar", "--grammar", "--grammar-file"),
     "json": ("json_schema", "-j", "-jf"),
+    "regex": ("regex", "--regex", ""),
 }
-_GRAMMARS["regex"] = ("regex", "--regex", "")
 REQUEST_FLAGS = [
     *(parameter(name, flag(*words)) for name, words in _TEXTS.items()),
     parameter("escape", _ESCAPE, bool, True),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import signal
 from collections.abc import Iterator
 
 from mlacli.chat import Conversation
@@ -105,13 +106,13 @@ class Talk:
     def _reply(self, answer: Iterator[str]) -> None:
         """Show an answer until it ends or is stopped. Raises Interrupted after SIGTERM."""
         timings = self.session.generator.timings = Timings()
-        shown = Shown(self.commands.reasoning, inside=self.conversation.opens_a_thought())
+        shown = Shown(self.commands.reasoning, inside=self.conversation.in_thought)
         with stop_on_signals(self.session.engine) as received:
             with contextlib.suppress(Cancelled):
                 for text in answer:
                     shown.add(text)
         shown.end()
-        if received and EXIT_OF_SIGNAL[received[0]] != EXIT_OF_SIGNAL[2]:
+        if received and received[0] != signal.SIGINT:
             raise Interrupted(EXIT_OF_SIGNAL[received[0]])
         self.commands.timings = timings
         if self.commands.verbose:
