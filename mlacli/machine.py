@@ -10,9 +10,7 @@ import contextlib
 import hashlib
 import json
 import math
-import os
 import platform
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, astuple, dataclass
@@ -31,6 +29,7 @@ from mlacli.calibrate import measure_profile
 from mlacli.cpu_count import available_cpus
 from mlacli.debug import ENV
 from mlacli.errors import UsageError
+from mlacli.files import write_whole
 from mlacli.memory import allocate, mostly_huge
 from mlacli.model.choose import MachineProfile, is_measured
 from mlacli.settings import RunSettings
@@ -152,10 +151,7 @@ def _profile_path(target: Target, n_threads: int, type_k: str) -> Path | None:
 def _write(path: Path, text: str) -> None:
     """Replace a file as a whole."""
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent)
-    with os.fdopen(handle, "w") as stream:
-        stream.write(text)
-    os.replace(temporary, path)
+    write_whole(path, [text.encode()])
 
 
 def cpu_name() -> str:
