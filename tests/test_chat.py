@@ -29,7 +29,7 @@ class Terminal:
     def __init__(self, *words: str, folder: Path) -> None:
         self.master, slave = pty.openpty()
         env = os.environ | {"TERM": "xterm", "XDG_STATE_HOME": str(folder), "COLUMNS": "200"}
-        env["PYTHONPATH"] = str(Path(__file__).parent.parent)
+        env |= {"PYTHONPATH": str(Path(__file__).parent.parent), "PYTHONFAULTHANDLER": "1"}
         env.pop("NO_COLOR", None)
         self.process = subprocess.Popen(
             [*MLACLI, *words], stdin=slave, stdout=slave, stderr=slave, env=env, cwd=folder,
@@ -60,8 +60,14 @@ class Terminal:
         self.type(line)
         return self.until(pattern)
 
-    def leave(self) -> int:
-        return self.process.wait(SECONDS)
+    def leave(self, seconds: float = SECONDS) -> int:
+        """The exit code; a process that does not end is made to tell where it hangs."""
+        try:
+            return self.process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            self.process.send_signal(signal.SIGABRT)
+            self.process.wait()
+            pytest.fail(os.read(self.master, 1 << 16).decode(errors="replace"))
 
 
 @pytest.fixture

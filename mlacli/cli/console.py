@@ -97,6 +97,11 @@ def line_editing(words: Iterable[str]) -> Iterator[None]:
             note(f"note: the history is not kept: {path}: {problem.strerror}")
 
 
+def shows_bars() -> bool:
+    """Whether progress may be drawn: stderr is a terminal that can move its cursor."""
+    return ENV.cursor and sys.stderr is not None and sys.stderr.isatty()
+
+
 def dim(text: str) -> str:
     """Dim on a terminal that shows colours, else as it is."""
     if not ENV.colours or sys.stdout is None or not sys.stdout.isatty():

@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Mapping
-from dataclasses import MISSING, Field, fields
+from dataclasses import MISSING, Field, fields, replace
 from pathlib import Path
 from typing import Any
 
 from codegen.formats import CACHE_FORMATS, LATENT_CACHE_TYPES
+from mlacli.cli import console
 from mlacli.cli.options import flag, parameter
+from mlacli.errors import UsageError
+from mlacli.hub import HubFile, fetch
 from mlacli.limits import Rule
 from mlacli.sampling_settings import SAMPLERS
 from mlacli.settings import RunSettings, fitted
@@ -26,6 +29,15 @@ _ONLY_MLA_0 = ", ".join(name for name in CACHE_FORMATS if name not in LATENT_CAC
 # field: (section, names, placeholder, help)
 _TEXT: dict[str, tuple[str, str, str, str]] = {
     "model": (MODEL, "-m --model", "FILE", "GGUF file; of a split model the first part."),
+    "hf_repo": (
+        MODEL,
+        "-hf -hfr --hf-repo",
+        "USER/REPO[:QUANT]",
+        "A model of the Hugging Face hub, kept in its cache (extra: hub).",
+    ),
+    "hf_file": (MODEL, "-hff --hf-file", "FILE", "Which file of it."),
+    "hf_token": (MODEL, "-hft --hf-token", "TOKEN", "Access token."),
+    "offline": (MODEL, "--offline", "", "Take what the cache has and ask no one."),
     "n_ctx": (MODEL, "-c --ctx-size", "N", "Context in tokens; 0: all that was trained."),
     "n_batch": (MODEL, "-b --batch-size", "N", "Prompt tokens that are submitted at once."),
     "n_ubatch": (MODEL, "-ub --ubatch-size", "N", "Prompt tokens that are computed at once."),
@@ -193,12 +205,21 @@ _SHOWN_DEFAULT = {
     "dry_sequence_breaker": r'\n : " *',
     "logit_bias": "",
     "reverse_prompt": "",
+    "hf_repo": "",
+    "hf_file": "",
+    "hf_token": "HF_TOKEN",
+    "offline": "off",
 }
 
 
 def meaning(field: str) -> str:
     """What the flag of this field does."""
     return _TEXT[field][3]
+
+
+def names_of(field: str) -> list[str]:
+    """The names of the flag of this field."""
+    return _TEXT[field][1].replace("/", " ").split()
 
 
 def shown_default(field: Field[Any]) -> str:
@@ -211,8 +232,14 @@ def shown_default(field: Field[Any]) -> str:
 
 
 def flags_of(*owners: type[Any]) -> Iterator[inspect.Parameter]:
-    """A parameter for each field of these settings classes that has a flag; None: not given."""
-    for field in (field for owner in owners for field in fields(owner)):
+    """A parameter for each field of these settings classes that has a flag; None: not given.
+
+    Where a file can be named, so can one of the hub.
+    """
+    every = [
+        o for owner in owners for o in ((HubFile, owner) if owner is RunSettings else (owner,))
+    ]
+    for field in (field for owner in every for field in fields(owner)):
         if field.name in _TEXT:
             section, names, placeholder, text = _TEXT[field.name]
             option = flag(names, section, placeholder, text, shown_default(field))
@@ -235,8 +262,19 @@ def given(owner: type[Any], values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def run_settings(values: Mapping[str, Any]) -> RunSettings:
-    """What the flags of RunSettings say. Raises UsageError."""
+    """What the flags of RunSettings say; a model of the hub is fetched. Raises UsageError, and
+    ModelError where there is no such model."""
     found = given(RunSettings, values)
+    hub = given(HubFile, values)
     if "model" in found:
         found["model"] = Path(found["model"])
-    return fitted(**found)
+        if "hf_repo" in hub:
+            raise UsageError("-m and -hf: give one of them, not both")
+    settings = fitted(**found)
+    if "hf_repo" in hub:
+        settings = replace(
+            settings, model=fetch(HubFile(**hub), console.note, bars=console.shows_bars())
+        )
+    elif hub:
+        raise UsageError(f"{names_of(next(iter(hub)))[0]}: needs -hf USER/REPO")
+    return settings
