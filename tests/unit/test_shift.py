@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
+import inspect
+import math
 import re
 import subprocess
 import sys
@@ -11,6 +14,11 @@ import numpy as np
 import pytest
 
 from codegen.formats import CACHE_FORMATS, LATENT_CACHE_TYPES
+from mlacli.engine import load_model
+from mlacli.settings import default_model
+from mlacli.text.tokenizer import Tokenizer
+from mlacli.text.vocabulary import tokenizer_data
+from scripts.shift_perplexity import BATCH, losses_along, per_context
 from tests.conftest import TinyModel
 from tests.engines import make_engine
 from tests.kernels.harness import nmse
@@ -91,3 +99,24 @@ def test_an_answer_of_four_contexts() -> None:
     stopped = subprocess.run([*mlacli, *words], capture_output=True, text=True, timeout=120)
     assert stopped.returncode == 0 and "context shifts" not in stopped.stderr
     assert re.search(r"eval time = .* / +24[0-9] runs", stopped.stderr)
+
+
+@pytest.mark.parametrize("flags", [{}, {"mla": 0, "type_k": "q8_0"}], ids=str)
+def test_perplexity_stays_flat_over_shifts(flags: dict[str, Any]) -> None:
+    """A text of four contexts reads as well as where what is kept is evaluated anew, and worse when
+    rows keep the rotation of their old places."""
+    model = load_model(default_model())
+    data = tokenizer_data(model.file.metadata, "demo")
+    text = inspect.getsource(argparse).encode()
+    tokens = Tokenizer(data, model.config.n_vocab).encode_bytes(text)[: 4 * 256 + BATCH + 1]
+    engine = make_engine(default_model(), n_out_max=BATCH, **flags)
+
+    def perplexities(*, anew: bool) -> list[float]:
+        return per_context(losses_along(engine, tokens, keep=4, anew=anew), 256)
+
+    anew, shifted = perplexities(anew=True), perplexities(anew=False)
+    assert len(shifted) == 4
+    assert all(a == pytest.approx(b, rel=0.02) for a, b in zip(shifted, anew, strict=True))
+    engine.shift = lambda first, n: engine.cache.shift(0, first, n)  # type: ignore[method-assign,assignment]
+    ratios = [math.log(a / b) for a, b in zip(perplexities(anew=False), anew, strict=True)]
+    assert np.mean(ratios) > 0.02
