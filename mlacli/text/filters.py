@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-_TOP_P_FIRST = 256
+_FIRST = 256  # candidates: sorting a whole vocabulary takes long, and few are needed
+_BLOCK = 4096
 
 Logits = npt.NDArray[np.floating[Any]]
 TokenIds = npt.NDArray[np.intp]
@@ -48,15 +49,22 @@ def top_p(logits: Logits, p: float) -> Logits:
     if p >= 1.0:
         return logits
     probabilities = softmax(logits)
-    candidates = _TOP_P_FIRST  # sorting a whole vocabulary takes 20 ms, and few tokens are needed
-    while True:
-        ids = top_k_ids(logits, candidates)
-        ids = ids[np.argsort(-logits[ids], kind="stable")]
-        total = np.cumsum(probabilities[ids])
-        if total[-1] >= p or ids.size == logits.size:
-            break
-        candidates *= 8
-    return _only(logits, ids[: int(np.searchsorted(total, p)) + 1])
+    first = np.sort(probabilities[top_k_ids(logits, _FIRST)])[::-1]
+    n = _reaching(first, p)
+    if n is None:
+        n = _reaching(np.sort(probabilities)[::-1], p)
+    return top_k(logits, logits.size if n is None else n)
+
+
+def _reaching(probabilities: Logits, p: float) -> int | None:
+    """How many of these, from the first on, sum to at least p; None if all are less."""
+    before = 0.0
+    for start in range(0, probabilities.size, _BLOCK):
+        total = before + np.cumsum(probabilities[start : start + _BLOCK], dtype=np.float64)
+        if total[-1] >= p:
+            return start + int(np.searchsorted(total, p)) + 1
+        before = float(total[-1])
+    return None
 
 
 def min_p(logits: Logits, p: float) -> Logits:
@@ -87,13 +95,22 @@ def typical_p(logits: Logits, p: float) -> Logits:
     """
     if p >= 1.0:
         return logits
-    probabilities = softmax(logits).astype(np.float64)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        surprise = -np.log(probabilities)
-        entropy = np.where(probabilities > 0, probabilities * surprise, 0.0).sum()
-        ids = np.argsort(np.abs(surprise - entropy), kind="stable")
-    ids = ids[logits[ids] > -np.inf]
-    total = np.cumsum(probabilities[ids])
+    # -log p_i = log sum exp x - x_i
+    weights = np.exp(logits - logits.max()).astype(np.float64)
+    probabilities = weights / weights.sum()
+    surprise = math.log(weights.sum()) + float(logits.max()) - logits.astype(np.float64)
+    left = probabilities > 0
+    entropy = float((probabilities[left] * surprise[left]).sum())
+    distance = np.abs(surprise - entropy)
+    candidates = _FIRST
+    while True:
+        ids = top_k_ids(-distance, candidates)
+        ids = ids[np.argsort(distance[ids], kind="stable")]
+        ids = ids[logits[ids] > -np.inf]
+        total = np.cumsum(probabilities[ids])
+        if total[-1] > p or candidates >= logits.size:
+            break
+        candidates *= 8
     return _only(logits, ids[: int(np.searchsorted(total, p, side="right")) + 1])
 
 
@@ -104,15 +121,15 @@ def tail_free(logits: Logits, z: float) -> Logits:
     what lies behind the place where the sum exceeds z is removed. At least one token stays.
     https://trentbrick.github.io/Tail-Free-Sampling
     """
-    ids = np.argsort(-logits, kind="stable")
-    ids = ids[logits[ids] > -np.inf]
-    if z >= 1.0 or ids.size <= 2:
+    n = int(np.count_nonzero(logits > -np.inf))
+    if z >= 1.0 or n <= 2:
         return logits
-    bends = np.abs(np.diff(softmax(logits).astype(np.float64)[ids], n=2))
+    rising = np.sort(softmax(logits))[-n:].astype(np.float64)
+    bends = np.abs(np.diff(rising[::-1], n=2))
     total = bends.sum()
     weights = bends / total if total > 1e-6 else np.full(bends.size, 1 / bends.size)
     beyond = np.flatnonzero(np.cumsum(weights)[1:] > z)
-    return _only(logits, ids[: int(beyond[0]) + 1 if beyond.size else ids.size])
+    return top_k(logits, int(beyond[0]) + 1 if beyond.size else n)
 
 
 def exclude_top(logits: Logits, threshold: float) -> Logits:

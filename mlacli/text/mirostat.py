@@ -10,7 +10,7 @@ import math
 
 import numpy as np
 
-from mlacli.text.filters import Logits, greedy, softmax, top_k
+from mlacli.text.filters import Logits, greedy, softmax, top_k, top_k_ids
 
 _ESTIMATED_FROM = 100  # of the most probable tokens
 
@@ -18,7 +18,8 @@ _ESTIMATED_FROM = 100  # of the most probable tokens
 def cut_by_rank(logits: Logits, mu: float, n_vocab: int) -> Logits:
     """Version 1: keeps k = (e 2^mu / (1 - n_vocab^-e))^(1/s), e = s - 1, s being the exponent of
     Zipf's law that fits the most probable tokens best."""
-    top = np.sort(softmax(logits[logits > -np.inf]).astype(np.float64))[::-1][:_ESTIMATED_FROM]
+    probabilities = softmax(logits)[top_k_ids(logits, _ESTIMATED_FROM)]
+    top = np.sort(probabilities.astype(np.float64))[::-1]
     top = top[top > 0]
     if top.size < 2:
         return logits
@@ -36,10 +37,10 @@ def cut_by_rank(logits: Logits, mu: float, n_vocab: int) -> Logits:
 
 def cut_by_surprise(logits: Logits, mu: float) -> Logits:
     """Version 2: removes the tokens whose surprise is above mu, but for the most probable one."""
-    with np.errstate(divide="ignore"):
-        surprise = -np.log2(softmax(logits).astype(np.float64))
-    keep = surprise <= mu
-    keep[greedy(logits)] = True
+    best = greedy(logits)
+    log_sum = float(logits[best]) + math.log(np.exp(logits - logits[best]).sum(dtype=np.float64))
+    keep = logits >= log_sum - mu * math.log(2)  # -log2 p_i = (log sum exp x - x_i) / log 2
+    keep[best] = True
     return np.where(keep, logits, -np.inf)
 
 

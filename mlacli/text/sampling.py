@@ -215,7 +215,7 @@ def _bias(settings: SamplingSettings, n_vocab: int, end_ids: Collection[int]) ->
 
 def _compressed(ids: TokenIds, logits: Logits) -> tuple[TokenIds, Logits]:
     """Without what was removed; at least one is left."""
-    left = logits > -np.inf
+    left = np.flatnonzero(logits > -np.inf)  # a mask itself would be slower to index with
     return ids[left], logits[left].astype(np.float64)
 
 
