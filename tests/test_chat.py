@@ -23,6 +23,11 @@ ANSWER = "Serialize ``obj`` to a JSON formatted ``s``."
 SECONDS = 60
 
 
+def _heeds_ctrl_c() -> None:
+    """Whoever runs the tests in the background may ignore SIGINT, and Python leaves that be."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 class Terminal:
     """A process that believes to talk to a person."""
 
@@ -33,7 +38,7 @@ class Terminal:
         env.pop("NO_COLOR", None)
         self.process = subprocess.Popen(
             [*MLACLI, *words], stdin=slave, stdout=slave, stderr=slave, env=env, cwd=folder,
-            start_new_session=True, preexec_fn=lambda: os.set_inheritable(slave, True),
+            start_new_session=True, preexec_fn=_heeds_ctrl_c,
         )  # fmt: skip
         os.close(slave)
         self.text = ""
