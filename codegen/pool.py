@@ -28,7 +28,7 @@ from codegen import job as job_layout
 from codegen.ahead import emit_ahead
 from codegen.dtypes import i32, i64
 from codegen.kernel import kernel
-from codegen.thread_policy import Rank, ThreadPolicy, idle_looks
+from codegen.thread_policy import DEFAULT_LOOKS, Rank, ThreadPolicy, idle_looks
 from codegen.values import Value
 
 if TYPE_CHECKING:
@@ -221,6 +221,8 @@ class Pool:
             job[job_layout.N_THREADS] = n_threads
             crowded = self._policy.is_crowded(n_threads, len(home))
             job[job_layout.SPINS] = 0 if crowded else BUSY_SPINS
+            looks = idle_looks(self._policy.poll)  # a worker that never slept would be in the way
+            self._words[IDLE_LOOKS] = min(looks, DEFAULT_LOOKS) if crowded else looks
             job[job_layout.N_LAUNCHES] = len(launches)
             job[job_layout.LAUNCHES] = launches.ctypes.data
             job[job_layout.RECORDS] = 0 if records is None else records.ctypes.data

@@ -7,7 +7,7 @@ from collections import Counter
 from dataclasses import dataclass
 
 DEFAULT_POLL = 50
-IDLE_LOOKS = 2000  # at DEFAULT_POLL: about 0.1 ms
+DEFAULT_LOOKS = 2000  # at DEFAULT_POLL: about 0.1 ms
 ALWAYS = 2**62
 REAL_TIME = 3
 _NICENESS = {-1: 5, 1: -5, 2: -10}
@@ -18,7 +18,7 @@ def idle_looks(poll: int) -> int:
     never sleeps."""
     if poll in (0, 100):
         return ALWAYS if poll else 0
-    return round(IDLE_LOOKS * 2 ** ((poll - DEFAULT_POLL) / 5))
+    return round(DEFAULT_LOOKS * 2 ** ((poll - DEFAULT_POLL) / 5))
 
 
 @dataclass(frozen=True)

@@ -7,13 +7,13 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from codegen import thread_policy
 from codegen.pool import Pool
-from codegen.thread_policy import ALWAYS, IDLE_LOOKS, Rank, ThreadPolicy, idle_looks
+from codegen.thread_policy import ALWAYS, DEFAULT_LOOKS, Rank, ThreadPolicy, idle_looks
 from tests.conftest import TinyModel
 from tests.engines import all_logits, make_engine, shared_pool
 from tests.kernels.test_pool import Table, jit
@@ -85,7 +85,14 @@ def test_cpus_that_are_not_there_are_noted(pool: Pool) -> None:
 
 @pytest.mark.parametrize(
     ("poll", "looks"),
-    [(0, 0), (1, 2), (45, IDLE_LOOKS // 2), (50, IDLE_LOOKS), (60, 4 * IDLE_LOOKS), (100, ALWAYS)],
+    [
+        (0, 0),
+        (1, 2),
+        (45, DEFAULT_LOOKS // 2),
+        (50, DEFAULT_LOOKS),
+        (60, 4 * DEFAULT_LOOKS),
+        (100, ALWAYS),
+    ],
 )
 def test_polling_levels(poll: int, looks: int) -> None:
     assert idle_looks(poll) == looks
@@ -108,6 +115,19 @@ def test_idle_workers(poll: int, waits_awake: bool) -> None:
         time.sleep(0.1)
         assert ticks(worker) - before <= 1
         work(pool, 2)
+    finally:
+        pool.close()
+
+
+def test_threads_that_share_a_cpu_do_not_wait_awake_for_ever() -> None:
+    pool = Pool(jit(), 2, ThreadPolicy((frozenset({LAST}),), poll=100))
+    try:
+        work(pool, 2)
+        [worker] = pool.thread_ids()
+        time.sleep(0.05)
+        before = ticks(worker)
+        time.sleep(0.1)
+        assert ticks(worker) - before <= 1
     finally:
         pool.close()
 
@@ -152,8 +172,8 @@ def test_what_the_system_refuses_is_noted_once(
     def refuse(*_: object) -> None:
         raise PermissionError(1, "Operation not permitted")
 
-    monkeypatch.setattr(thread_policy.os, "setpriority", refuse)
-    monkeypatch.setattr(thread_policy.os, "sched_setscheduler", refuse)
+    monkeypatch.setattr(os, "setpriority", refuse)
+    monkeypatch.setattr(os, "sched_setscheduler", refuse)
     pool.follow(ThreadPolicy(priority=priority))
     work(pool)
     [note] = pool.notes
@@ -213,12 +233,13 @@ def test_placement_does_not_change_a_bit(tiny_model: TinyModel) -> None:
     path, runs = tiny_model("tiny-v3", "Q8_0"), []
     tokens = np.random.default_rng(3).integers(0, 4096, 150).tolist()
     last = 1 << LAST
-    for flags in (
+    variants: tuple[dict[str, Any], ...] = (
         {},
         {"cpu_mask": last},
         {"cpu_strict": True, "poll": 0},
         {"cpu_mask": 1 << CPUS[0], "cpu_mask_batch": last, "poll_batch": 100},
-    ):
+    )
+    for flags in variants:
         engine = make_engine(path, mla=1, n_ubatch=64, n_threads=3, **flags)
         logits = all_logits(engine, tokens)
         where = [os.sched_getaffinity(i) for i in shared_pool().thread_ids()]

@@ -217,7 +217,7 @@ def test_policies(made_up: Machine) -> None:
     assert own.policy().cpus == (frozenset({0}),)
     assert own.policy(batch=True).cpus == (frozenset({1}), frozenset({2}))
     assert (own.policy().poll, own.policy(batch=True).poll) == (50, 0)
-    assert RunSettings(cpu_strict=True).policy().cpus_of(8) == {0}
+    assert RunSettings(cpu_strict=True).policy().cpus_of(8) == frozenset({0})
 
 
 def test_what_settings_note(made_up: Machine) -> None:
