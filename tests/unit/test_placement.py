@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 
 from mlacli import cpu_count, numa, placement, settings
+from mlacli.bench import BenchRow, Grid, cases
+from mlacli.bench_table import markdown, record
 from mlacli.errors import UsageError
 from mlacli.limits import CpuMask, CpuRange
 from mlacli.numa import Node, cpu_list_text, last_cpu, nodes_with_cpus, numa_nodes, parse_cpu_list
@@ -227,6 +229,27 @@ def test_what_settings_note(made_up: Machine) -> None:
         "2 threads share 1 CPUs: slower than -t 1"
     ]
     assert "numa_balancing is 1" in notes(RunSettings(numa="distribute"))[0]
+
+
+def test_a_bench_varies_cpus(made_up: Machine) -> None:
+    axes: dict[str, list[Any]] = {"cpu_mask": [0b10001, 0b1111], "cpu_strict": [False, True]}
+    grid = Grid((Path("a.gguf"),), axes | {"poll": [0], "numa": ["isolate"]}, n_gen=(0,))
+    rows = [BenchRow(case, error="not run") for case in cases(grid)]
+    assert [row.case.settings.n_threads for row in rows] == [1, 1, 2, 2]
+    head, *lines = (
+        [cell.strip() for cell in line.split("|")[5:10]] for line in markdown(rows).splitlines()[:6]
+    )
+    assert head == ["threads", "cpu_mask", "cpu_strict", "poll", "numa"]
+    assert lines[1:] == [
+        ["1", "0x11", "0", "0", "isolate"],
+        ["1", "0x11", "1", "0", "isolate"],
+        ["2", "0xf", "0", "0", "isolate"],
+        ["2", "0xf", "1", "0", "isolate"],
+    ]
+    found = record(rows[-1])
+    assert (found["cpu_mask"], found["cpu_strict"], found["poll"]) == ("0xf", True, 0)
+    plain = record(BenchRow(cases(Grid((Path("a"),)))[0]))
+    assert (plain["cpu_mask"], plain["poll"], plain["prio"], plain["numa"]) == ("0x0", 50, 0, "")
 
 
 @pytest.mark.parametrize(
