@@ -70,6 +70,11 @@ class ObjectCache:
         if key.startswith("0"):  # one in 16: listing a full folder takes longer than a write
             self.prune()
 
+    def size(self) -> tuple[int, int]:
+        """(number, bytes) of the entries."""
+        found = [status for path, status in _files(self.folder) if path.endswith(_SUFFIX)]
+        return len(found), sum(status.st_size for status in found)
+
     def prune(self) -> None:
         """Drop the least recently used entries above `max_bytes`, and what dead writers left."""
         entries, total = [], 0

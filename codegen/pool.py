@@ -3,7 +3,8 @@
 A step is a table of launches (function, arguments, wait first?, what to ask for afterwards:
 ahead.py), walked by every thread. Python
 submits once per batch: it fills the job, and `submit` wakes the workers and is itself thread 0.
-Workers spin for about 0.1 ms after a step, then sleep in a futex (elsewhere they keep yielding).
+Workers spin for a while after a step (thread_policy.py: about 0.1 ms), then sleep in a futex
+(elsewhere they keep yielding).
 
 The pool's ticket word is `sequence << 10 | n_threads`: a worker learns from the one word both that
 there is work and whether it takes part, so that a late riser never reads a half-written job.
@@ -12,10 +13,12 @@ there is work and whether it takes part, so that a late riser never reads a half
 from __future__ import annotations
 
 import atexit
+import contextlib
 import os
 import platform
 import sys
 import threading
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -25,17 +28,19 @@ from codegen import job as job_layout
 from codegen.ahead import emit_ahead
 from codegen.dtypes import i32, i64
 from codegen.kernel import kernel
+from codegen.thread_policy import DEFAULT_LOOKS, Rank, ThreadPolicy, idle_looks
 from codegen.values import Value
 
 if TYPE_CHECKING:
     from codegen.builder import Kernel
     from codegen.jit import Jit
 
-TICKET, SLEEPERS, POOL_WORDS = 0, job_layout.LINE_WORDS, 2 * job_layout.LINE_WORDS
+# The words that hardly change share a cache line: spinning workers read nothing else.
+TICKET, IDLE_LOOKS, SLEEPERS = 0, 1, job_layout.LINE_WORDS
+POOL_WORDS = 2 * job_layout.LINE_WORDS
 THREAD_BITS = 10
 MAX_THREADS = (1 << THREAD_BITS) - 2
 STOP = (1 << THREAD_BITS) - 1
-IDLE_SPINS = 2000
 BUSY_SPINS = 500
 Records = npt.NDArray[np.int64]
 LAUNCH_WORDS = 4  # addresses of function and arguments, 1 = barrier first, address of a walk or 0
@@ -86,11 +91,12 @@ def pool_worker(k: Kernel, *, futex: int) -> None:
 
 def _wait_for_change(k: Kernel, seen: Value, futex: int) -> None:
     ticket, sleepers = k.args.at(TICKET), k.args.at(SLEEPERS)
+    most = k.args.at(IDLE_LOOKS)
     looks = k.var(k.const(0, i64))
     with k.repeat_while() as go_on:
         k.target.pause(k)
         looks += 1
-        with k.when(looks.get() > IDLE_SPINS):
+        with k.when(looks.get() > k.load_atomic(most)):
             if futex:
                 k.fetch_add(sleepers, 1)
                 zero = k.const(0, i64)
@@ -120,13 +126,14 @@ def pool_submit(k: Kernel, *, futex: int) -> None:
 class Pool:
     """`n_threads` threads (the caller is one of them) that run launch tables.
 
-    Not reentrant: one step at a time. `cancel()` may be called from anywhere.
+    Not reentrant: one step at a time. `cancel()` may be called from anywhere. `notes` say what of a
+    policy the system refused.
     """
 
-    def __init__(self, jit: Jit, n_threads: int) -> None:
+    def __init__(self, jit: Jit, n_threads: int, policy: ThreadPolicy | None = None) -> None:
         if not 1 <= n_threads <= MAX_THREADS:
             raise ValueError(f"n_threads {n_threads} is not in 1..{MAX_THREADS}")
-        self.n_threads = n_threads
+        self.n_threads, self.notes = n_threads, list[str]()
         self._jit = jit  # owns the code that the workers are in
         self._words = aligned_words(POOL_WORDS)
         self._job = aligned_words(job_layout.JOB_WORDS)
@@ -137,6 +144,11 @@ class Pool:
         worker = jit.function(pool_worker(futex=futex))
         self._sequence = 0
         self._lock = threading.Lock()
+        self._policy = ThreadPolicy()
+        self._words[IDLE_LOOKS] = idle_looks(self._policy.poll)
+        self._home: set[int] | None = None  # where the workers ran before they were placed
+        self._ranks: dict[int, Rank] = {}  # by thread id: before a priority was given
+        self._leader = 0  # id of the thread that was given the priority as thread 0
         self._threads = [
             threading.Thread(target=worker, args=(*self._addresses(), i), daemon=True)
             for i in range(1, n_threads)
@@ -144,9 +156,51 @@ class Pool:
         for thread in self._threads:
             thread.start()
         atexit.register(self.close)
+        if policy is not None:
+            self.follow(policy)
 
     def _addresses(self) -> tuple[int, int]:
         return self._words.ctypes.data, self._job.ctypes.data
+
+    def thread_ids(self) -> list[int]:
+        """The system's ids of threads 1, 2, ..."""
+        return [thread.native_id or 0 for thread in self._threads]
+
+    def follow(self, policy: ThreadPolicy) -> None:
+        """From now on. Thread 0 is placed only while it runs a step, but keeps its priority until
+        there is another one, or until `close`."""
+        with self._lock:
+            old, self._policy = self._policy, policy
+            self._words[IDLE_LOOKS] = idle_looks(policy.poll)
+            if policy.cpus != old.cpus:
+                if self._home is None:
+                    self._home = os.sched_getaffinity(0)
+                for i, thread_id in enumerate(self.thread_ids(), start=1):
+                    self._place(thread_id, policy.cpus_of(i) or self._home)
+            if policy.priority != old.priority:
+                for thread_id in [*self.thread_ids(), *filter(None, [self._leader])]:
+                    self._rank(thread_id)
+
+    def _place(self, thread_id: int, cpus: frozenset[int] | set[int]) -> None:
+        try:
+            os.sched_setaffinity(thread_id, cpus)
+        except OSError as problem:  # CPUs were taken away since the policy was made
+            self._note(f"threads are not placed on CPUs {sorted(cpus)}: {problem.strerror}")
+
+    def _rank(self, thread_id: int) -> None:
+        priority = self._policy.priority
+        try:
+            before = self._ranks.setdefault(thread_id, Rank.of(thread_id))
+            before.raised(priority).give(thread_id)
+        except OSError as problem:
+            self._note(
+                f"--prio {priority}: the system refuses it ({problem.strerror}): "
+                "it takes root, CAP_SYS_NICE, or limits as ulimit -e and -r set them"
+            )
+
+    def _note(self, line: str) -> None:
+        if line not in self.notes:
+            self.notes.append(line)
 
     def run(
         self, launches: npt.NDArray[np.int64], n_threads: int, records: Records | None = None
@@ -163,16 +217,36 @@ class Pool:
         if not 1 <= n_threads <= self.n_threads or self._sequence < 0:
             raise RuntimeError(f"pool of {self.n_threads} threads cannot run {n_threads}")
         with self._lock:
-            job = self._job
+            job, home = self._job, os.sched_getaffinity(0)
             job[job_layout.N_THREADS] = n_threads
-            crowded = n_threads > len(os.sched_getaffinity(0))
+            crowded = self._policy.is_crowded(n_threads, len(home))
             job[job_layout.SPINS] = 0 if crowded else BUSY_SPINS
+            looks = idle_looks(self._policy.poll)  # a worker that never slept would be in the way
+            self._words[IDLE_LOOKS] = min(looks, DEFAULT_LOOKS) if crowded else looks
             job[job_layout.N_LAUNCHES] = len(launches)
             job[job_layout.LAUNCHES] = launches.ctypes.data
             job[job_layout.RECORDS] = 0 if records is None else records.ctypes.data
             self._sequence += 1
-            self._submit(*self._addresses(), self._sequence << THREAD_BITS | n_threads)
+            with self._as_thread_0(home):
+                self._submit(*self._addresses(), self._sequence << THREAD_BITS | n_threads)
             return not self._cancel[0]
+
+    @contextlib.contextmanager
+    def _as_thread_0(self, home: set[int]) -> Iterator[None]:
+        """The caller where thread 0 belongs. What it starts later inherits its CPUs: so it gets
+        them all back."""
+        if self._policy.priority and threading.get_native_id() != self._leader:
+            self._leader = threading.get_native_id()
+            self._rank(self._leader)
+        cpus = self._policy.cpus_of(0)
+        if cpus is None or cpus == home:
+            yield
+            return
+        self._place(0, cpus)
+        try:
+            yield
+        finally:
+            self._place(0, home)
 
     def cancel(self) -> None:
         """End the running step at its next tile; the word stays set until `clear_cancel`."""
@@ -189,6 +263,10 @@ class Pool:
         self._sequence = -1
         for thread in self._threads:
             thread.join()
+        for thread in threading.enumerate():
+            if before := self._ranks.get(thread.native_id or 0):
+                with contextlib.suppress(OSError):  # whoever is not allowed to rise again
+                    before.give(thread.native_id or 0)
         atexit.unregister(self.close)
 
 

@@ -31,6 +31,11 @@ AXES = (
     "thp",
     "fmoe",
     "n_threads",
+    "numa",
+    "cpu_mask",
+    "cpu_strict",
+    "prio",
+    "poll",
 )
 
 

@@ -43,8 +43,8 @@ class EngineRunner:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What the compiler had to say."""
-        return self._jit.notes if self._jit else ()
+        """What the compiler and the threads had to say."""
+        return (*(self._jit.notes if self._jit else ()), *(self._pool.notes if self._pool else ()))
 
     def __call__(self, case: BenchCase) -> BenchResult:
         """Run a case. Raises MlaError, and Interrupted on Ctrl-C."""
@@ -137,6 +137,7 @@ class EngineRunner:
 
     def _new_engine(self, model: Model, settings: RunSettings, n_ctx: int) -> Engine:
         assert self._jit is not None and self._pool is not None
+        self._pool.follow(settings.policy(batch=True))
         profile = machine_profile(self._jit, self._pool, settings)
         return Engine(model, settings, self._jit, profile, n_ctx=n_ctx, pool=self._pool)
 

@@ -48,6 +48,10 @@ def _plain(value: object) -> str:
     return "-1,0" if value is None else str(value)
 
 
+def _mask(row: BenchRow) -> str:
+    return f"{row.case.settings.cpu_mask or 0:#x}"
+
+
 def _name(row: BenchRow) -> str:
     return row.result.model.description if row.result else row.case.settings.model.stem
 
@@ -83,6 +87,11 @@ _COLUMNS = (
     Column("params", 10, _params),
     Column("backend", 10, lambda row: "CPU", right=False),
     Column("threads", 7, lambda row: str(row.case.settings.n_threads)),
+    Column("cpu_mask", 10, _mask, field="cpu_mask", right=False),
+    _setting("cpu_strict", 10, "cpu_strict"),
+    _setting("poll", 10, "poll"),
+    _setting("prio", 4, "prio"),
+    Column("numa", 10, lambda row: row.case.settings.numa or "", field="numa", right=False),
     _setting("n_batch", 7, "n_batch"),
     _setting("n_ubatch", 8, "n_ubatch"),
     _setting("type_k", 6, "type_k"),
@@ -159,6 +168,11 @@ def record(row: BenchRow) -> dict[str, Any]:
         "n_batch": settings.n_batch,
         "n_ubatch": settings.n_ubatch,
         "n_threads": settings.n_threads,
+        "cpu_mask": _mask(row),
+        "cpu_strict": settings.cpu_strict,
+        "poll": settings.poll,
+        "prio": settings.prio,
+        "numa": settings.numa or "",
         "type_k": settings.type_k,
         "type_v": settings.type_v,
         "flash_attn": settings.flash_attn,
@@ -233,7 +247,7 @@ def sql(rows: Sequence[BenchRow], roof: bool = False) -> str:
 
 _REAL = frozenset({"avg_ts", "stddev_ts", "limit_ts"})
 _TEXT = frozenset({"build_commit", "cpu_info", "backends", "model_filename", "model_type"})
-_TEXT |= {"type_k", "type_v", "ser", "test", "test_time", "error"}
+_TEXT |= {"cpu_mask", "numa", "type_k", "type_v", "ser", "test", "test_time", "error"}
 
 
 def _sql_type(key: str) -> str:

@@ -8,15 +8,16 @@ from collections.abc import Callable, Iterable
 from functools import cache
 from pathlib import Path
 
+CPUS = Path("/sys/devices/system/cpu")
+
 
 @cache
-def default_threads() -> int:
-    """min(physical cores we may run on, cgroup CPU quota), at least 1.
+def default_threads(cpus: frozenset[int] | None = None) -> int:
+    """min(physical cores among `cpus` or all we may run on, cgroup CPU quota), at least 1.
 
     A second thread on the same core adds nothing to matrix products, so SMT siblings count once.
     """
-    allowed = _affinity()
-    cores = physical_cores(allowed, Path("/sys/devices/system/cpu"))
+    cores = physical_cores(allowed_cpus() if cpus is None else cpus, CPUS)
     quota = cpu_quota(Path("/proc/self/cgroup"), Path("/sys/fs/cgroup"))
     return max(1, min(cores, int(quota) if quota is not None else cores))
 
@@ -24,13 +25,25 @@ def default_threads() -> int:
 @cache
 def available_cpus() -> int:
     """Logical CPUs that this process may run on."""
-    return len(_affinity())
+    return len(allowed_cpus())
 
 
-def _affinity() -> set[int]:
+def allowed_cpus() -> frozenset[int]:
+    """The logical CPUs that this process may run on."""
     if hasattr(os, "sched_getaffinity"):
-        return os.sched_getaffinity(0)
-    return set(range(os.cpu_count() or 1))
+        return frozenset(os.sched_getaffinity(0))
+    return frozenset(range(os.cpu_count() or 1))
+
+
+def core_first(cpus: Iterable[int], sysfs: Path) -> list[int]:
+    """One CPU of every core, then the second ones, and so on; by number where cores are unknown."""
+    seen: dict[str, int] = {}
+    order = []
+    for cpu in sorted(cpus):
+        core = _text(sysfs / f"cpu{cpu}/topology/thread_siblings_list") or str(cpu)
+        seen[core] = seen.get(core, -1) + 1
+        order.append((seen[core], cpu))
+    return [cpu for _, cpu in sorted(order)]
 
 
 def physical_cores(cpus: Iterable[int], sysfs: Path) -> int:

@@ -103,6 +103,7 @@ class Engine:
         self.n_ctx = self.plan.n_ctx
         self.cache = Cache(self.plan.layout, huge=settings.thp)
         self.pool = pool or Pool(jit, max(settings.n_threads, settings.n_threads_batch))
+        self._policies = settings.policy(batch=True), settings.policy()  # [few tokens]
         self.profile: Profile | None = None
         self._jit = jit
         self._arena = allocate(self.plan.arena_bytes, "the compute buffer", huge=settings.thp)
@@ -157,7 +158,9 @@ class Engine:
         program = self.program(self.graph_name(n))
         cells = self.cache.allocate(positions, sequences)
         self._fill(tokens, positions, sequences, cells, wanted)
-        threads = self.settings.n_threads if n <= FEW_TOKENS else self.settings.n_threads_batch
+        few = n <= FEW_TOKENS
+        threads = self.settings.n_threads if few else self.settings.n_threads_batch
+        self.pool.follow(self._policies[few])
         records = self.profile.records(program, threads) if self.profile else None
         if not program.run(self.pool, threads, records):
             self.pool.clear_cancel()

@@ -5,6 +5,7 @@ A rule has the flag's name, `parse(text)` and `check(value)`; both raise UsageEr
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -14,6 +15,7 @@ from mlacli.errors import UsageError
 
 _WORDS = {"on": True, "auto": True, "1": True, "off": False, "0": False}
 _MAX_VALUES = 1024
+MAX_CPUS = 4096
 
 
 @dataclass(frozen=True)
@@ -102,6 +104,47 @@ class ExpertReduction:
             Limit(f"{self.flag} t", 0, 1, float).parse(threshold),
         )
         return value
+
+
+@dataclass(frozen=True)
+class CpuMask:
+    """CPUs as a hexadecimal number, bit i for CPU i; `0x` may stand before it. The value is that
+    number."""
+
+    flag: str
+
+    def check(self, value: int) -> None:
+        if not 0 < value < 1 << MAX_CPUS:
+            raise UsageError(f"{self.flag}: a mask names at least one CPU (0 to {MAX_CPUS - 1})")
+
+    def parse(self, text: str) -> int:
+        if not re.fullmatch(r"(0[xX])?[0-9a-fA-F]+", text, re.ASCII):
+            raise UsageError(f"{self.flag}: {text!r} is not a hexadecimal mask")
+        value = int(text[:4096], 16)
+        self.check(value)
+        return value
+
+
+@dataclass(frozen=True)
+class CpuRange:
+    """`lo-hi`, `lo-` or `-hi`: the CPUs from `lo` (or 0) to `hi` (or the last). The value is the
+    mask of these CPUs."""
+
+    flag: str
+
+    def check(self, value: int) -> None:
+        CpuMask(self.flag).check(value)
+
+    def parse(self, text: str) -> int:
+        ends = re.fullmatch(r"(\d{0,9})-(\d{0,9})", text, re.ASCII)
+        if not ends or text == "-":
+            raise UsageError(f"{self.flag}: {text!r} is not a range of CPUs (as 0-7, 4- or -3)")
+        number = Limit(self.flag, 0, MAX_CPUS - 1)
+        low: int = number.parse(ends[1] or "0")
+        high: int = number.parse(ends[2] or str(max(low, (os.cpu_count() or 1) - 1)))
+        if low > high:
+            raise UsageError(f"{self.flag}: {text!r} ends before it begins")
+        return (1 << high + 1) - (1 << low)
 
 
 @dataclass(frozen=True)

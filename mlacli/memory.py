@@ -20,6 +20,7 @@ from mlacli.errors import SpaceError
 
 Block = npt.NDArray[np.uint8]
 MIB = 2**20
+_WINDOWS, _WINDOW = 1024, 256  # places, and pages looked at in each
 
 
 def allocate(n: int, what: str, *, huge: bool = False) -> Block:
@@ -55,6 +56,25 @@ def ask_for_huge_pages(block: mmap.mmap) -> None:
     if hasattr(mmap, "MADV_HUGEPAGE"):
         with contextlib.suppress(OSError):  # a kernel without them: huge_bytes will say 0
             block.madvise(mmap.MADV_HUGEPAGE)
+
+
+def resident_share(block: Block) -> float | None:
+    """How much of a mapped file is in memory, 0 to 1, from up to _WINDOWS places in it.
+
+    None where the system does not tell. To whom a file does not belong, Linux says 1.
+    """
+    libc, page = ctypes.CDLL(None, use_errno=True), mmap.PAGESIZE
+    n_pages = -(-block.size // page)
+    places = np.unique(np.linspace(0, n_pages - 1, _WINDOWS).astype(int) // _WINDOW) * _WINDOW
+    found = seen = 0
+    for first in places.tolist():
+        n = min(_WINDOW, n_pages - first)
+        pages = (ctypes.c_ubyte * n)()
+        address = ctypes.c_void_p(block.ctypes.data + first * page)
+        if not n or libc.mincore(address, ctypes.c_size_t(n * page), pages):
+            return None
+        found, seen = found + sum(state & 1 for state in pages), seen + n
+    return found / seen if seen else None
 
 
 def huge_bytes() -> int:

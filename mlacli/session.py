@@ -145,7 +145,7 @@ def run_prompt(
         session.announce(note)
         batch = min(len(tokens), settings.n_ubatch)
         engine.prepare(engine.graph_name(batch), engine.graph_name(1))
-        for line in session.jit.notes:
+        for line in (*session.jit.notes, *engine.pool.notes):
             note(f"note: {line}")
         timings.load = time.perf_counter() - timings.started
         session.restore(tokens, note)
@@ -215,7 +215,8 @@ def start_engine(
     model: Model, settings: RunSettings, jit: Jit, n_ctx: int, *, n_out_max: int = 1
 ) -> Engine:
     """An engine whose -mla 3 knows this machine."""
-    pool = Pool(jit, max(settings.n_threads, settings.n_threads_batch))
+    n_threads = max(settings.n_threads, settings.n_threads_batch)
+    pool = Pool(jit, n_threads, settings.policy(batch=True))
     profile = machine_profile(jit, pool, settings)
     return Engine(model, settings, jit, profile, n_ctx=n_ctx, n_out_max=n_out_max, pool=pool)
 

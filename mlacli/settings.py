@@ -5,17 +5,39 @@ A settings object checks itself when it is made, so whoever holds one need not c
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from operator import or_
 from pathlib import Path
 from typing import Any
 
 from codegen.formats import CACHE_FORMATS, LATENT_CACHE_TYPES
+from codegen.thread_policy import DEFAULT_POLL, ThreadPolicy
 from mlacli.cpu_count import available_cpus, default_threads
 from mlacli.errors import UsageError
-from mlacli.limits import Choice, ExpertReduction, Switch, Text, check_fields, limited, ruled
+from mlacli.limits import (
+    Choice,
+    CpuMask,
+    CpuRange,
+    ExpertReduction,
+    Switch,
+    Text,
+    check_fields,
+    limited,
+    ruled,
+)
+from mlacli.placement import (
+    NUMA,
+    chosen_cpus,
+    mask_notes,
+    numa_notes,
+    this_machine,
+    thread_cpus,
+)
 from mlacli.sampling_settings import MAX_INT, SamplingSettings, sampling_notes
 
+ALL_CORES = -1  # of the CPUs chosen
 SAME_AS_THREADS = -1
 
 
@@ -33,7 +55,7 @@ class RunSettings:
     n_ctx: int | None = field(default=None, metadata=limited("-c", 0, MAX_INT))
     n_batch: int = field(default=2048, metadata=limited("-b", 1, 2**20))
     n_ubatch: int = field(default=512, metadata=limited("-ub", 1, 2**16))
-    n_threads: int = field(default_factory=default_threads, metadata=limited("-t", 1, 1024))
+    n_threads: int = field(default=ALL_CORES, metadata=limited("-t", 1, 1024))
     n_threads_batch: int = field(default=SAME_AS_THREADS, metadata=limited("-tb", 1, 1024))
     mla: int = field(default=3, metadata=limited("-mla", 0, 3))
     # None: 128 with -mla 2, a cost model of this machine with -mla 3. 1: always expanded.
@@ -50,14 +72,73 @@ class RunSettings:
     mlock: bool = field(default=False, metadata=ruled(Switch("--mlock")))
     mmap: bool = field(default=True, metadata=ruled(Switch("--mmap")))
     verbose: bool = False
+    # Where threads run and how they wait. A mask has bit i for CPU i, a range is a mask as well;
+    # what is None for prompts (_batch) is as it is for generation.
+    numa: str | None = field(default=None, metadata=ruled(Choice("--numa", NUMA)))
+    cpu_mask: int | None = field(default=None, metadata=ruled(CpuMask("-C")))
+    cpu_range: int | None = field(default=None, metadata=ruled(CpuRange("-Cr")))
+    cpu_strict: bool = field(default=False, metadata=ruled(Switch("--cpu-strict")))
+    prio: int = field(default=0, metadata=limited("--prio", -1, 3))
+    poll: int = field(default=DEFAULT_POLL, metadata=limited("--poll", 0, 100))
+    cpu_mask_batch: int | None = field(default=None, metadata=ruled(CpuMask("-Cb")))
+    cpu_range_batch: int | None = field(default=None, metadata=ruled(CpuRange("-Crb")))
+    cpu_strict_batch: bool | None = field(
+        default=None, metadata=ruled(Switch("--cpu-strict-batch"))
+    )
+    poll_batch: int | None = field(default=None, metadata=limited("--poll-batch", 0, 100))
 
     def __post_init__(self) -> None:
+        if self.n_threads == ALL_CORES:
+            object.__setattr__(self, "n_threads", default_threads(self.cpus()))
         if self.n_threads_batch == SAME_AS_THREADS:
-            object.__setattr__(self, "n_threads_batch", self.n_threads)
+            own = (self.cpu_mask_batch or self.cpu_range_batch) is not None
+            n = default_threads(self.cpus(batch=True)) if own else self.n_threads
+            object.__setattr__(self, "n_threads_batch", n)
         check_fields(self)
+        for batch in (False, True):
+            self.cpus(batch=batch)
         if self.n_ubatch > self.n_batch:
             raise UsageError(f"-ub: {self.n_ubatch} is more than -b {self.n_batch}")
         self._check_cache_types()
+
+    def cpus(self, *, batch: bool = False) -> frozenset[int] | None:
+        """The CPUs chosen for generation or for prompts; None: those that the process may use.
+
+        Raises UsageError when there is none.
+        """
+        flag, mask = self.cpu_masks(batch=batch)
+        if mask is None and self.numa is None:
+            return None
+        return chosen_cpus(this_machine(), flag, mask, self.numa)
+
+    def policy(self, *, batch: bool = False) -> ThreadPolicy:
+        """How threads are to behave during generation or prompts."""
+        strict, poll = self.cpu_strict, self.poll
+        if batch:
+            strict = strict if self.cpu_strict_batch is None else self.cpu_strict_batch
+            poll = poll if self.poll_batch is None else self.poll_batch
+        cpus, found = self.cpus(batch=batch), tuple[frozenset[int], ...]()
+        if cpus is not None or strict:
+            machine = this_machine()
+            found = thread_cpus(
+                machine,
+                machine.allowed if cpus is None else cpus,
+                numa=self.numa,
+                strict=strict,
+                in_order=self.cpu_masks(batch=batch)[1] is not None,
+            )
+        return ThreadPolicy(found, poll, self.prio)
+
+    def cpu_masks(self, *, batch: bool = False) -> tuple[str, int | None]:
+        """(flag, mask) of the CPUs asked for: a mask and a range together name all of both."""
+        own = (("-Cb", self.cpu_mask_batch), ("-Crb", self.cpu_range_batch)) if batch else ()
+        for masks in (own, (("-C", self.cpu_mask), ("-Cr", self.cpu_range))):
+            given = [(flag, mask) for flag, mask in masks if mask is not None]
+            if given:
+                return " and ".join(f for f, _ in given), functools.reduce(
+                    or_, dict(given).values()
+                )
+        return "-C", None
 
     def _check_cache_types(self) -> None:
         if self.mla and self.type_k not in LATENT_CACHE_TYPES:
@@ -170,8 +251,21 @@ def notes(settings: RunSettings, request: Request | None = None) -> list[str]:
         )
     if settings.mla_threshold is not None and settings.mla in (0, 1):
         found.append(f"--mla-threshold has no effect with -mla {settings.mla}: one path only")
-    cpus = available_cpus()
-    threads = max(settings.n_threads, settings.n_threads_batch)
-    if threads > cpus:
-        found.append(f"{threads} threads share {cpus} CPUs: slower than -t {default_threads()}")
+    return found + cpu_notes(settings)
+
+
+def cpu_notes(settings: RunSettings) -> list[str]:
+    """The same of threads and the CPUs they run on."""
+    machine, found = this_machine(), list[str]()
+    for batch in (False, True):
+        found += mask_notes(machine, *settings.cpu_masks(batch=batch))
+    found = [*dict.fromkeys(found), *numa_notes(machine, settings.numa)]
+    threads = {False: settings.n_threads, True: settings.n_threads_batch}
+    for batch in sorted(threads, key=lambda batch: -threads[batch]):
+        chosen = settings.cpus(batch=batch)
+        cpus = available_cpus() if chosen is None else len(chosen)
+        if threads[batch] > cpus:
+            best = f"-t {default_threads(chosen)}"
+            found.append(f"{threads[batch]} threads share {cpus} CPUs: slower than {best}")
+            break
     return found

@@ -72,7 +72,7 @@ REFUSED = {
     "run model.gguf": "'model.gguf': belongs to no flag (a value with spaces needs quotes)",
     "run -rtr 1": "'1': belongs to no flag (a value with spaces needs quotes)",
     # commands
-    "rnu": "'rnu': no such command (one of run, chat, bench, sweep, compare, report)",
+    "rnu": "'rnu': no such command (one of run, chat, bench, sweep, compare, report, doctor)",
     "-m x.gguf": "-m: comes after a command, as in: mlacli run -m ...",
     "report -mla 4": "-mla: 4 is out of range (0 to 3)",
     "report -p x": "-p: no such flag",
@@ -84,6 +84,16 @@ REFUSED = {
     "bench -p 8-1": "-p: '8-1' is not a range (as 1-8, 1-9+2 or 1-64*2)",
     "bench -pg 3": "-pg: '3' is not a pair such as 512,128",
     "bench -ctk f16,foo": f"-ctk: 'foo' is not one of {CACHE_TYPES}",
+    "run -C xyz": "-C: 'xyz' is not a hexadecimal mask",
+    "run -Cr 5": "-Cr: '5' is not a range of CPUs (as 0-7, 4- or -3)",
+    "chat --numa mirror": "--numa: 'mirror' is not one of distribute, isolate, numactl",
+    "sweep --prio 4": "--prio: 4 is out of range (-1 to 3)",
+    "run --poll-batch 101": "--poll-batch: 101 is out of range (0 to 100)",
+    "run --prio-batch 1": "--prio-batch: a thread whose priority was lowered may not raise it "
+    "again: --prio holds for prompts, too",
+    "bench -C 0x1,g": "-C: 'g' is not a hexadecimal mask",
+    "bench --poll 0,x": "--poll: 'x' is not a whole number (0 to 100)",
+    "doctor --threads 2": "--threads: no such flag",
     "bench -mla 0,4": "-mla: 4 is out of range (0 to 3)",
     "bench -p 1-1000 -d 1-1000": "1001000 combinations of flags are too many (10000)",
 }

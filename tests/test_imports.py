@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # Each level may import itself and the levels below it; the first matching name counts.
 LEVELS = (
     ("mlacli.__main__", "mlacli.cli"),
-    ("mlacli.chat",),
+    ("mlacli.chat", "mlacli.doctor"),
     ("mlacli.bench", "mlacli.bench_table", "mlacli.bench_runner", "mlacli.session", "mlacli.sweep"),
     ("mlacli.generation", "mlacli.session_file", "mlacli.signals"),
     (
@@ -21,6 +21,7 @@ LEVELS = (
         *("mlacli.roofline", "mlacli.fit"),
         *("mlacli.work", "mlacli.profile", "mlacli.profile_table", "mlacli.results"),
         *("mlacli.report", "mlacli.report_format", "mlacli.report_work"),
+        *("mlacli.checks_cpu", "mlacli.checks_memory"),
     ),
     ("mlacli.model",),
     ("mlacli.cache",),
@@ -29,6 +30,7 @@ LEVELS = (
         *("mlacli.gguf", "mlacli.text", "mlacli.settings", "mlacli.limits", "mlacli.cpu_count"),
         *("mlacli.debug", "mlacli.errors", "mlacli.memory", "mlacli.free_memory"),
         *("mlacli.sampling_settings", "mlacli.files", "mlacli.pictures", "mlacli.hub"),
+        *("mlacli.numa", "mlacli.placement", "mlacli.findings"),
     ),
     ("codegen",),
 )

@@ -42,6 +42,11 @@ _NEEDS["avx512vnni"] = _NEEDS["avx512"] | {"avx512vnni"}
 _NEEDS["avx512vnni-bf16"] = _NEEDS["avx512vnni"] | {"avx512bf16"}
 
 
+def needs(name: str) -> frozenset[str]:
+    """The features, in LLVM's words, that a target uses."""
+    return _NEEDS[name]
+
+
 def can_run(name: str, host: Host) -> bool:
     """Whether the machine has the instructions of a target."""
     family = "neon" if name == "neon" else "x86"

@@ -45,6 +45,11 @@ _AXES = {
     "thp": "-thp --transparent-huge-pages",
     "fmoe": "-fmoe --fused-moe",
     "n_threads": "-t --threads",
+    "numa": "--numa",
+    "cpu_mask": "-C --cpu-mask",
+    "cpu_strict": "--cpu-strict",
+    "prio": "--prio",
+    "poll": "--poll",
 }
 
 
@@ -67,7 +72,7 @@ def _axis(field: str) -> Parameter:
         placeholder = "[1|0]"
     elif field == "ser":
         placeholder = "K,T;..."
-    default = getattr(RunSettings, field, "physical cores")
+    default = "physical cores" if field == "n_threads" else getattr(RunSettings, field)
     text = "Threads." if field == "n_threads" else meaning(field)
     option = flag(_AXES[field], VALUES, placeholder, text, _shown(default))
     return parameter(field, option, list[str] | None)

@@ -109,6 +109,19 @@ def dim(text: str) -> str:
     return f"\x1b[2m{text}\x1b[0m"
 
 
+_MARKS = {"ok": "green", "note": "yellow", "problem": "bold red"}
+
+
+def marked(text: str, status: str) -> str:
+    """In the colour of a status on a terminal that shows colours, else as it is."""
+    if not ENV.colours or sys.stdout is None or not sys.stdout.isatty():
+        return text
+    from rich.color import ColorSystem
+    from rich.style import Style
+
+    return Style.parse(_MARKS[status]).render(text, color_system=ColorSystem.STANDARD)
+
+
 def prepare_streams() -> None:
     """Characters that the locale cannot show are escaped instead of ending the run."""
     for stream in (sys.stdout, sys.stderr):

@@ -21,6 +21,7 @@ from mlacli.sampling_settings import SAMPLERS
 from mlacli.settings import RunSettings, fitted
 
 MODEL, ATTENTION, SAMPLING, PROMPT = "Model and memory", "Attention", "Sampling", "Prompt"
+THREADS = "Threads and CPUs"
 PROFILE_HELP = "Show on stderr where the time goes, by op; with -v also by layer."
 DEMO_MODEL = "a small model that comes with mlacli"
 NO_FLASH_ATTENTION = {"-no-fa": "-fa off", "--no-flash-attn": "-fa off"}
@@ -41,8 +42,34 @@ _TEXT: dict[str, tuple[str, str, str, str]] = {
     "n_ctx": (MODEL, "-c --ctx-size", "N", "Context in tokens; 0: all that was trained."),
     "n_batch": (MODEL, "-b --batch-size", "N", "Prompt tokens that are submitted at once."),
     "n_ubatch": (MODEL, "-ub --ubatch-size", "N", "Prompt tokens that are computed at once."),
-    "n_threads": (MODEL, "-t --threads", "N", "Threads for generation."),
-    "n_threads_batch": (MODEL, "-tb --threads-batch", "N", "Threads for prompts."),
+    "n_threads": (THREADS, "-t --threads", "N", "Threads for generation."),
+    "n_threads_batch": (THREADS, "-tb --threads-batch", "N", "Threads for prompts."),
+    "numa": (
+        THREADS,
+        "--numa",
+        "distribute|isolate|numactl",
+        "Threads on all NUMA nodes in turn, on the node where the process started, or on the CPUs "
+        "that numactl chose.",
+    ),
+    "cpu_mask": (THREADS, "-C --cpu-mask", "HEX", "CPUs that threads may run on: bit i for CPU i."),
+    "cpu_range": (THREADS, "-Cr --cpu-range", "LO-HI", "The same as a range; adds to -C."),
+    "cpu_strict": (THREADS, "--cpu-strict", "[1|0]", "Each thread on a CPU of its own."),
+    "prio": (
+        THREADS,
+        "--prio",
+        "-1..3",
+        "Priority of the threads: low, normal, medium, high, real-time.",
+    ),
+    "poll": (
+        THREADS,
+        "--poll",
+        "0..100",
+        "How long threads look for work before they sleep: 0 not at all, 100 for ever.",
+    ),
+    "cpu_mask_batch": (THREADS, "-Cb --cpu-mask-batch", "HEX", "CPUs for prompts."),
+    "cpu_range_batch": (THREADS, "-Crb --cpu-range-batch", "LO-HI", "The same; adds to -Cb."),
+    "cpu_strict_batch": (THREADS, "--cpu-strict-batch", "[1|0]", "--cpu-strict for prompts."),
+    "poll_batch": (THREADS, "--poll-batch", "0..100", "--poll for prompts."),
     "rtr": (MODEL, "-rtr --run-time-repack", "", "Interleave weights at load (copies them)."),
     "fmoe": (MODEL, "-fmoe/-no-fmoe --fused-moe/--no-fused-moe", "", "Fuse up, gate and SiLU."),
     "ser": (
@@ -198,6 +225,13 @@ _SHOWN_DEFAULT = {
     "n_ctx": "what fits, at most 4096",
     "n_threads": "physical cores",
     "n_threads_batch": "-t",
+    "numa": "off",
+    "cpu_mask": "all",
+    "cpu_range": "",
+    "cpu_mask_batch": "-C",
+    "cpu_range_batch": "",
+    "cpu_strict_batch": "--cpu-strict",
+    "poll_batch": "--poll",
     "mla_threshold": "128 with -mla 2, measured with -mla 3",
     "ser": "off",
     "samplers": ";".join(SAMPLERS),

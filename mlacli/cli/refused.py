@@ -25,6 +25,9 @@ _REASONS = {
     ),
     "there is no RPC backend": "--rpc",
     "cached rows are not transformed": "-khad --k-cache-hadamard -vhad --v-cache-hadamard",
+    "a thread whose priority was lowered may not raise it again: --prio holds for prompts, too": (
+        "--prio-batch"
+    ),
     "positions are not grouped": "-gan -gaw --grp-attn-n --grp-attn-w",
 }
 REFUSED = {name: reason for reason, names in _REASONS.items() for name in names.split()}

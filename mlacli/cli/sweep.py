@@ -59,6 +59,8 @@ def sweep(
     n_ctx = context_size(model.config, settings, note=console.note)
     engine = start_engine(model, settings, make_jit(), n_ctx)
     engine.prepare(*engine.plan.graphs)
+    for line in engine.pool.notes:
+        console.note(f"note: {line}")
     if not as_json:
         head = (sweeping.head_line(engine), "", sweeping.COLUMNS, sweeping.LINE)
         console.write("\n".join(head) + "\n")

@@ -25,7 +25,7 @@ def talk(settings: RunSettings, request: Request) -> int:
     with open_session(settings, request, console.note) as session:
         session.announce(console.note)
         session.engine.prepare(session.engine.graph_name(1))
-        for line in session.jit.notes:
+        for line in (*session.jit.notes, *session.engine.pool.notes):
             console.note(f"note: {line}")
         if session.tokenizer.data.chat_template is None and request.template is None:
             console.note("note: the file has no chat template: User: ... Assistant: ... is used")
