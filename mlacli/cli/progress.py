@@ -10,13 +10,14 @@ import contextlib
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from mlacli.cli import console
 from mlacli.progress import Progress
 
 if TYPE_CHECKING:
+    from rich import console as rich_console
     from rich import progress as rich_progress
 
 _DELAY = 0.5  # seconds of work that is not worth a bar
@@ -51,7 +52,8 @@ class _Bar:
         self._done = self._total = 0
         self._ended = False
         self._drawn: tuple[rich_progress.Progress, rich_progress.TaskID] | None = None
-        self._timer = threading.Timer(_DELAY, self._show)
+        self._worth = False  # it has lasted long enough
+        self._timer = threading.Timer(_DELAY, self._appear)
         self._timer.daemon = True
         if background:
             self._timer.start()
@@ -59,7 +61,9 @@ class _Bar:
     def update(self, done: int, total: int) -> None:
         with self._lock:
             self._done, self._total, self._at = done, total, time.perf_counter()
-            if self._at - self._started >= _DELAY:
+            if not self._background:
+                self._worth = self._at - self._started >= _DELAY
+            if self._worth:
                 self._show()
 
     def hide(self) -> None:
@@ -90,9 +94,14 @@ class _Bar:
                 short = "t" if unit == "tokens" else unit
                 parts.append(f"{rate / scale:.1f} {short}/s")
             left = (self._total - self._done) / rate - (time.perf_counter() - self._at)
-            minutes, seconds = divmod(max(0, round(left)), 60)
-            parts.append(f"{minutes}:{seconds:02d} left")
+            parts.append("{}:{:02d} left".format(*divmod(max(0, round(left)), 60)))
         return ", ".join(parts)
+
+    def _appear(self) -> None:
+        from rich import progress  # noqa: F401  (slow, so before the work could have to wait)
+
+        self._worth = True
+        self._show()
 
     def _show(self) -> None:
         with self._lock:
@@ -100,23 +109,30 @@ class _Bar:
                 return
             with contextlib.suppress(OSError):  # the terminal is gone
                 if self._drawn is None:
-                    self._drawn = _start(self, self._what, self._background)
+                    self._drawn = self._start()
                 shown, task = self._drawn
                 shown.update(task, completed=self._done, total=self._total or None)
                 if not self._background:
                     shown.refresh()
 
+    def _start(self) -> tuple[rich_progress.Progress, rich_progress.TaskID]:
+        shown, terminal = _bar_of(self.text, self._background)
+        task = shown.add_task(self._what, completed=self._done, total=self._total or None)
+        shown.start()
+        terminal.show_cursor(True)  # a process that is killed cannot bring it back
+        return shown, task
 
-def _start(
-    bar: _Bar, what: str, background: bool
-) -> tuple[rich_progress.Progress, rich_progress.TaskID]:
+
+def _bar_of(
+    text: Callable[[], str], background: bool
+) -> tuple[rich_progress.Progress, rich_console.Console]:
     from rich import progress
     from rich.console import Console
     from rich.text import Text
 
     class State(progress.ProgressColumn):
         def render(self, task: progress.Task) -> Text:
-            return Text(bar.text())
+            return Text(text())
 
     terminal = Console(
         file=sys.stderr, force_terminal=True, no_color=not console.shows_colours(sys.stderr)
@@ -132,7 +148,4 @@ def _start(
         redirect_stdout=False,
         redirect_stderr=False,
     )
-    task = shown.add_task(what, total=None)
-    shown.start()
-    terminal.show_cursor(True)  # a process that is killed cannot bring it back
-    return shown, task
+    return shown, terminal

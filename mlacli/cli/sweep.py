@@ -64,7 +64,10 @@ def sweep(
     if not as_json:
         head = (sweeping.head_line(engine), "", sweeping.COLUMNS, sweeping.LINE)
         console.write("\n".join(head) + "\n")
-    with stop_on_signals(engine) as received, bar("sweep", "tokens", background=False) as progress:
+    with (
+        stop_on_signals(engine) as received,
+        bar("sweep", "positions", background=False) as progress,
+    ):
         try:
             for step in sweeping.sweep(
                 engine, n_gen, repetitions=times, stride=every, warmup=warmup, progress=progress
