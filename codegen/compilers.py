@@ -34,16 +34,19 @@ def helpers_worth(n_kernels: int, n_processes: int) -> int:
 @dataclass
 class Compilers:
     """`n` helpers beside `compile_one`. `machine` holds the arguments of jit.machine_for;
-    `folders` are those that llvmlite and codegen are imported from."""
+    `folders` are those that llvmlite and codegen are imported from; `done` is told, from any
+    thread, how many are compiled."""
 
     machine: Mapping[str, str]
     folders: Sequence[str]
     compile_one: Callable[[str], bytes]
     n: int
+    done: Callable[[int], None] | None = None
     _texts: queue.PriorityQueue[tuple[int, str, str]] = field(default_factory=queue.PriorityQueue)
     notes: list[str] = field(default_factory=list)
     _done: dict[str, bytes] = field(default_factory=dict)
     _all_built: threading.Event = field(default_factory=threading.Event)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def compile(self, texts: Iterable[tuple[str, str]]) -> dict[str, bytes]:
         """Object code by name, of (name, IR text) pairs; once per object.
@@ -75,7 +78,13 @@ class Compilers:
 
     def _compile_here(self) -> None:
         while task := self._take():
-            self._done[task[1]] = self.compile_one(task[2])
+            self._finish(task[1], self.compile_one(task[2]))
+
+    def _finish(self, name: str, payload: bytes) -> None:
+        with self._lock:
+            self._done[name] = payload
+            if self.done:
+                self.done(len(self._done))
 
     def _feed_helper(self) -> None:
         """A helper's thread: notes what is wrong with it, as the work is done without it."""
@@ -105,7 +114,7 @@ class Compilers:
             body = read_frame(helper.stdout)
         if body is None:
             return False
-        self._done[task[1]] = body
+        self._finish(task[1], body)
         return True
 
     def _start(self) -> subprocess.Popen[bytes]:

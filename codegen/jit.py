@@ -20,6 +20,7 @@ from codegen.kernel import KernelSpec
 from codegen.targets import Host, choose
 from codegen.targets.base import Target
 
+Progress = Callable[[int, int], None]  # (kernels compiled, kernels to compile); from any thread
 EXTERNAL_SYMBOLS = frozenset(
     {"sched_yield", "syscall", "clock_gettime", "memset", "memcpy", "memmove"}
 )
@@ -114,8 +115,11 @@ class Jit:
             self.load_all([spec])
         return self._known[spec]
 
-    def load_all(self, specs: Iterable[KernelSpec]) -> None:
-        """Load kernels; those that must be compiled are shared among the processes."""
+    def load_all(self, specs: Iterable[KernelSpec], progress: Progress | None = None) -> None:
+        """Load kernels; those that must be compiled are shared among the processes.
+
+        `progress` is told how many of those that must be compiled are.
+        """
         missing: dict[str, tuple[KernelSpec, str]] = {}  # by symbol: with the store's key
         for spec in dict.fromkeys(specs):
             if spec in self._known:
@@ -127,7 +131,9 @@ class Jit:
             else:
                 self._link(spec, stored[1:], stored[0])
                 self.loaded += 1
-        compiled = self._compile({symbol: spec for symbol, (spec, _) in missing.items()})
+        if progress and missing:
+            progress(0, len(missing))
+        compiled = self._compile({name: spec for name, (spec, _) in missing.items()}, progress)
         for symbol, (payload, n_counters) in compiled.items():
             spec, key = missing[symbol]
             self._link(spec, payload, n_counters)
@@ -139,7 +145,9 @@ class Jit:
         """The kernel as a Python callable (args, job, thread); it releases the GIL."""
         return _NATIVE(self.load(spec)[0])
 
-    def _compile(self, specs: Mapping[str, KernelSpec]) -> dict[str, tuple[bytes, int]]:
+    def _compile(
+        self, specs: Mapping[str, KernelSpec], progress: Progress | None
+    ) -> dict[str, tuple[bytes, int]]:
         """(object code, number of tile counters) by symbol."""
         n_counters: dict[str, int] = {}
 
@@ -158,6 +166,7 @@ class Jit:
             folders=[str(Path(path).parent.parent) for path in (__file__, llvmlite.__file__)],
             compile_one=compile_one,
             n=helpers_worth(len(specs), self.n_processes),
+            done=(lambda n: progress(n, len(specs))) if progress else None,
         )
         payloads = compilers.compile(texts())
         self._notes += compilers.notes

@@ -31,7 +31,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     words = list(sys.argv[1:] if argv is None else argv)
     console.prepare_streams()
-    code = _guarded(lambda: _flushed(app.run(words)), ENV.debug or "--debug" in words)
+    try:
+        code = _guarded(lambda: _flushed(app.run(words)), ENV.debug or "--debug" in words)
+    finally:
+        console.finish()
     if code in (errors.EXIT_SPACE, errors.EXIT_SIGPIPE):
         console.abandon(sys.stdout)
     return code
@@ -84,7 +87,7 @@ def _internal(problem: Exception, debug: bool) -> int:
 
         from mlacli.cli import console
 
-        console.note("".join(traceback.format_exception(problem)).rstrip())
+        console.tell("".join(traceback.format_exception(problem)).rstrip())
     what = f"{type(problem).__name__}: {problem}"
     return _fail(f"internal: {what}{hint}", errors.EXIT_INTERNAL)
 

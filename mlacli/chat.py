@@ -8,11 +8,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mlacli.answer import Answer
 from mlacli.errors import SessionError, SpaceError, UsageError
 from mlacli.files import write_whole
+from mlacli.generation import common_length
 from mlacli.session import Session, kept, rendered
 from mlacli.text.reasoning import opens_a_thought
-from mlacli.text.tokenizer import StreamDecoder
 
 ROLES = ("system", "user", "assistant")
 _MAX_LOG = 64 << 20
@@ -53,28 +54,19 @@ class Conversation:
         self.messages = [m for m in self.messages[:1] if m["role"] == "system"]
 
     def _answer(self, tokens: list[int]) -> Iterator[str]:
-        generator, request = self.session.generator, self.session.request
-        tokenizer, said = self.session.tokenizer, ""
+        session, answer = self.session, Answer()
+        generator, request = session.generator, session.request
         if generator.constraint:
             generator.constraint.restart()
         try:
-            logits = generator.prompt(tokens)
-            generator.keep = kept(self.session, len(tokens))
-            decoder = StreamDecoder(tokenizer)
-            for token in generator.stream(logits, request.limit):
-                if tokenizer.is_end_of_generation(token):
-                    break
-                text = decoder.feed(token)
-                said += text
+            session.prepare(len(tokens) - common_length(generator.tokens, tokens))
+            logits = session.evaluate(tokens, self.note)
+            generator.keep = kept(session, len(tokens))
+            for _, text in answer.pieces(generator, session.tokenizer, logits, request):
                 yield text
-                if any(said.endswith(end) for end in request.reverse_prompt):
-                    break
-            text = decoder.flush()
-            said += text
-            yield text
         finally:
-            if said:
-                self.messages.append({"role": "assistant", "content": said})
+            if answer.text:
+                self.messages.append({"role": "assistant", "content": answer.text})
 
     def _fitting(self) -> list[int]:
         """The conversation's tokens; its oldest turns are forgotten when it has become too long."""

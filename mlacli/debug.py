@@ -9,7 +9,7 @@ VARIABLES = {  # for docs/cli.md
     "MLACLI_TARGET": "CPU target to generate code for (avx2, generic, ...), not the best one.",
     "MLACLI_CACHE_DIR": "Folder for compiled code and machine measurements.",
     "NO_COLOR": "Set to anything: no colours.",
-    "TERM": "dumb: no colours, no progress bars.",
+    "TERM": "dumb: no colours and no progress bars.",
     "MLACLI_DEBUG": "1: after an internal error, print where it happened (as --debug does).",
 }
 
@@ -37,12 +37,12 @@ class Environment:
     @property
     def colours(self) -> bool:
         """Whether a terminal may be sent colours: NO_COLOR and TERM=dumb say no."""
-        return not os.environ.get("NO_COLOR") and self.cursor
+        return not os.environ.get("NO_COLOR") and not self.dumb_terminal
 
     @property
-    def cursor(self) -> bool:
-        """Whether a terminal can move its cursor: TERM=dumb says no."""
-        return os.environ.get("TERM", "dumb") != "dumb"
+    def dumb_terminal(self) -> bool:
+        """Whether a terminal can only be sent lines."""
+        return os.environ.get("TERM", "dumb") == "dumb"
 
     @property
     def cache_dir(self) -> Path | None:

@@ -21,7 +21,7 @@ from mlacli.cache import Cache
 from mlacli.context import ContextPlan, plan_context
 from mlacli.errors import UsageError
 from mlacli.fit import check_plan
-from mlacli.gguf.reader import GGUFFile, open_gguf
+from mlacli.gguf.reader import GGUFFile, MappedFile, open_gguf
 from mlacli.graph.node import Dim, Node
 from mlacli.graph.ops import lower_graph
 from mlacli.graph.program import Memory, Program
@@ -29,9 +29,10 @@ from mlacli.memory import allocate, copy_of
 from mlacli.model.choose import FEW_TOKENS, MachineProfile, chooser
 from mlacli.model.config import ModelConfig, read_config
 from mlacli.model.inventory import check_tensors
-from mlacli.model.repack import Progress, repack
+from mlacli.model.repack import repack
 from mlacli.model.weights import Weights
 from mlacli.profile import Profile
+from mlacli.progress import Progress
 from mlacli.settings import RunSettings
 from mlacli.work import Batch
 
@@ -52,21 +53,33 @@ class Model:
     notes: tuple[str, ...]
 
 
-def load_model(path: Path, *, mmap: bool = True, huge: bool = False) -> Model:
+def load_model(
+    path: Path, *, mmap: bool = True, huge: bool = False, progress: Progress | None = None
+) -> Model:
     """Open a file and check all of it but the numbers. Raises ModelError, SpaceError.
 
-    Without `mmap` the file is read into anonymous memory, in huge pages if asked for.
+    Without `mmap` the file is read into anonymous memory, in huge pages if asked for, and
+    `progress` is told bytes.
     """
     file = open_gguf(path)
     config = read_config(file)
     notes = (*file.notes, *check_tensors(file, config))
     if not mmap:
-        copies = [
-            replace(part, bytes=copy_of(part.bytes, f"{part.path} (--no-mmap)", huge=huge))
-            for part in file.files
-        ]
-        file = replace(file, files=tuple(copies))
+        file = _copied(file, huge, progress)
     return Model(file, config, Weights(file, config), notes)
+
+
+def _copied(file: GGUFFile, huge: bool, progress: Progress | None) -> GGUFFile:
+    parts: list[MappedFile] = []
+    for part in file.files:
+        before, what = sum(p.bytes.size for p in parts), f"{part.path} (--no-mmap)"
+
+        def done(n: int, before: int = before) -> None:
+            if progress:
+                progress(before + n, file.size_bytes)
+
+        parts.append(replace(part, bytes=copy_of(part.bytes, what, huge=huge, done=done)))
+    return replace(file, files=tuple(parts))
 
 
 class Engine:
@@ -122,9 +135,10 @@ class Engine:
         sequences: Sequence[int] | None = None,
         *,
         wanted: Sequence[int] | None = None,
+        progress: Progress | None = None,
     ) -> Logits:
         """Evaluate tokens in micro-batches; logits of the `wanted` ones, which rise (default: the
-        last). The result is only valid until the next call.
+        last). The result is only valid until the next call. `progress` is told tokens.
 
         Raises SpaceError when the context is full, Cancelled after `cancel`: the micro-batches
         before the one that was cancelled stay in the cache.
@@ -133,12 +147,16 @@ class Engine:
         sequences = [0] * len(tokens) if sequences is None else sequences
         rows: list[Logits] = []
         n_ubatch = self.plan.n_tokens_max
+        if progress:
+            progress(0, len(tokens))
         for start in range(0, len(tokens), n_ubatch):
             stop = min(start + n_ubatch, len(tokens))
             part = [w - start for w in wanted if start <= w < stop]
             logits = self.step(
                 tokens[start:stop], positions[start:stop], sequences[start:stop], part
             )
+            if progress:
+                progress(stop, len(tokens))
             if part or stop == len(tokens):
                 rows.append(logits.copy() if stop < len(tokens) else logits)
         return rows[0] if len(rows) == 1 else np.concatenate(rows)
@@ -243,12 +261,14 @@ class Engine:
             self.pool.clear_cancel()
             raise Cancelled
 
-    def prepare(self, *names: str) -> None:
-        """Have these programs ready before they are timed, their kernels compiled together."""
+    def prepare(self, *names: str, progress: Progress | None = None) -> None:
+        """Have these programs ready before they are timed, their kernels compiled together;
+        `progress` is told kernels, if any must be compiled."""
         self.repack()
         planned = {name: self.plan.graphs[name] for name in names if name not in self._programs}
         launches = {name: lower_graph(p.lower, p.graph) for name, p in planned.items()}
-        self._jit.load_all(launch.spec for each in launches.values() for launch in each)
+        specs = (launch.spec for each in launches.values() for launch in each)
+        self._jit.load_all(specs, progress)
         dims = {d: self._dims.ctypes.data + 8 * i for i, d in enumerate(Dim)}
         memory = Memory(self._arena.ctypes.data, self._outside, dims)
         for name, p in planned.items():

@@ -6,8 +6,9 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-from mlacli.engine import Cancelled, Engine, Logits
+from mlacli.engine import Engine, Logits
 from mlacli.profile import Profiles
+from mlacli.progress import Progress
 from mlacli.text.grammar import Constraint
 from mlacli.text.sampling import Sampler
 
@@ -77,9 +78,11 @@ class Generator:
     tokens: list[int] = field(default_factory=list)
     constraint: Constraint | None = None
     keep: int | None = None  # tokens that a context shift keeps in front; None: no shift
+    # why the last stream ended by itself: length (its limit), context (full) or grammar
+    ended: str = "length"
 
-    def prompt(self, tokens: Sequence[int]) -> Logits:
-        """Logits behind these tokens, of which there is at least one.
+    def prompt(self, tokens: Sequence[int], progress: Progress | None = None) -> Logits:
+        """Logits behind these tokens, of which there is at least one; `progress` is told tokens.
 
         What the cache holds of them is reused, and the rest of it forgotten; the last token is
         evaluated in any case. Raises SpaceError, Cancelled: then `tokens` are those that came in.
@@ -91,16 +94,14 @@ class Generator:
         for token in tokens[self.sampler.position :]:
             self.sampler.accept(token)
         engine.profile = self.profiles.prompt if self.profiles else None
+        timings.n_reused += n
         start = time.perf_counter()
         try:
-            logits = engine.eval(tokens[n:], range(n, len(tokens)))
-        except Cancelled:
+            logits = engine.eval(tokens[n:], range(n, len(tokens)), progress=progress)
+        finally:
             self.tokens = list(tokens[: engine.cache.n_used])
-            raise
-        timings.prompt += time.perf_counter() - start
-        timings.n_prompt += len(tokens) - n
-        timings.n_reused += n
-        self.tokens = list(tokens)
+            timings.prompt += time.perf_counter() - start
+            timings.n_prompt += len(self.tokens) - n
         last: Logits = logits[-1]
         return last
 
@@ -109,8 +110,10 @@ class Generator:
         next one is asked for. Raises Cancelled."""
         engine, timings = self.engine, self.timings
         engine.profile = self.profiles.generation if self.profiles else None
-        if self.keep is None:
-            limit = min(limit, engine.n_ctx - len(self.tokens) + 1)
+        room = engine.n_ctx - len(self.tokens) + 1
+        self.ended = "length"
+        if self.keep is None and room < limit:
+            self.ended, limit = "context", room
         for left in reversed(range(limit)):
             start = time.perf_counter()
             allowed = self.constraint.allowed() if self.constraint else None
@@ -121,6 +124,7 @@ class Generator:
             timings.n_sample += 1
             yield token
             if not goes_on:
+                self.ended = "grammar"
                 return
             if left:
                 start = time.perf_counter()

@@ -10,7 +10,8 @@ import ctypes
 import mmap
 import os
 import resource
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ from mlacli.errors import SpaceError
 Block = npt.NDArray[np.uint8]
 MIB = 2**20
 _WINDOWS, _WINDOW = 1024, 256  # places, and pages looked at in each
+_COPIED = 64 * MIB  # at once
 
 
 def allocate(n: int, what: str, *, huge: bool = False) -> Block:
@@ -98,8 +100,31 @@ def _memory_map() -> dict[str, int]:
     return {}
 
 
-def copy_of(source: Block, what: str, *, huge: bool) -> Block:
-    """An anonymous copy, for --no-mmap."""
+def copy_of(
+    source: Block, what: str, *, huge: bool, done: Callable[[int], None] | None = None
+) -> Block:
+    """An anonymous copy, for --no-mmap; `done` is told now and then how many bytes there are.
+
+    Raises SpaceError.
+    """
     copy = allocate(source.size, what, huge=huge)
-    copy[:] = source
+    for start in range(0, source.size, _COPIED):
+        stop = min(start + _COPIED, source.size)
+        copy[start:stop] = source[start:stop]
+        if done:
+            done(stop)
     return copy
+
+
+def peak_memory() -> tuple[int, int | None]:
+    """(greatest resident set so far, anonymous memory now or None where it is not told), in bytes.
+
+    Linux carries getrusage's peak over from the process that started this one; VmHWM is its own.
+    """
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        lines = Path("/proc/self/status").read_text().splitlines()
+        found = dict(line.split(":", 1) for line in lines)
+        peak, anonymous = (1024 * int(found[name].split()[0]) for name in ("VmHWM", "RssAnon"))
+        return peak, anonymous
+    unit = 1 if sys.platform == "darwin" else 1024
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, None

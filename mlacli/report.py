@@ -158,7 +158,7 @@ def make_report(settings: RunSettings, available: int | None = None) -> Report:
     integer = model.weights.v_b(0).fmt.integer_dot
     cost = CostModel(kept_profile(target, settings.n_threads_batch, settings.type_k), integer)
     return Report(
-        model=_model_facts(model),
+        model=model_facts(model),
         mla=settings.mla,
         flash_attn=settings.flash_attn,
         n_ctx=plan.n_ctx,
@@ -176,7 +176,7 @@ def make_report(settings: RunSettings, available: int | None = None) -> Report:
     )
 
 
-def _model_facts(model: Model) -> ModelFacts:
+def model_facts(model: Model) -> ModelFacts:
     config, file = model.config, model.file
     types: dict[str, TensorType] = {}
     for tensor in file.tensors.values():

@@ -10,7 +10,8 @@ from typing import Any
 
 from codegen.jit import Jit
 from codegen.pool import Pool
-from mlacli.engine import Cancelled, Engine, Model, load_model
+from mlacli.answer import Answer, Output, prompt_lines, result_of
+from mlacli.engine import Cancelled, Engine, Logits, Model, load_model
 from mlacli.errors import UsageError
 from mlacli.fit import GIB, size_text
 from mlacli.generation import Generator, Timings, common_length
@@ -18,6 +19,7 @@ from mlacli.machine import machine_profile, make_jit, measure_peaks
 from mlacli.memory import huge_bytes, lock
 from mlacli.profile import Profiles
 from mlacli.profile_table import profile_lines
+from mlacli.progress import Watch, unwatched
 from mlacli.report import buffer_lines, context_size, repack_notes
 from mlacli.sampling_settings import sampling_lines
 from mlacli.session_file import load_session, save_session
@@ -27,7 +29,7 @@ from mlacli.text.chat import ChatTemplate
 from mlacli.text.grammar import Constraint
 from mlacli.text.sampling import Sampler
 from mlacli.text.templates import FALLBACK, NAMED
-from mlacli.text.tokenizer import Piece, StreamDecoder, Tokenizer
+from mlacli.text.tokenizer import Piece, Tokenizer
 from mlacli.text.vocabulary import tokenizer_data
 
 UNTIL_FULL = -2
@@ -44,6 +46,7 @@ class Session:
     generator: Generator
     jit: Jit
     request: Request
+    watch: Watch = unwatched
 
     @property
     def engine(self) -> Engine:
@@ -67,7 +70,14 @@ class Session:
             note(line)
         for line in repack_notes(engine.plan, settings):
             note(f"note: {line}")
-        engine.repack(progress_lines(note))
+        lines = progress_lines(note)
+        with self.watch("interleaving weights", "bytes") as bar:
+
+            def progress(done: int, total: int) -> None:
+                bar(done, total)
+                lines(done, total)
+
+            engine.repack(progress)
         for line in memory_notes(self.model, settings):
             note(line)
         if settings.verbose:
@@ -79,18 +89,34 @@ class Session:
             f"n_predict = {request.n_predict}"
         )
 
+    def prepare(self, n_prompt: int = 1) -> None:
+        """Compile what generation needs, and what a prompt of so many new tokens does."""
+        engine, n = self.engine, min(n_prompt, self.engine.plan.n_tokens_max)
+        with self.watch("compiling", "kernels") as progress:
+            engine.prepare(engine.graph_name(n), engine.graph_name(1), progress=progress)
+
+    def evaluate(self, tokens: Sequence[int], note: Callable[[str], None]) -> Logits:
+        """Logits behind a prompt, what is cached of it reused. Raises SpaceError, Cancelled."""
+        if self.request.verbose_prompt:
+            for line in prompt_lines(self.tokenizer, tokens):
+                note(line)
+        with self.watch("prompt", "tokens") as progress:
+            return self.generator.prompt(tokens, progress)
+
     def save(self) -> None:
         """Write --prompt-cache, unless it is only read. Raises SpaceError."""
         path = self.request.prompt_cache
         if path is not None and not self.request.prompt_cache_ro:
-            save_session(path, self.engine, self.generator.tokens)
+            with self.watch("saving the session", "bytes") as progress:
+                save_session(path, self.engine, self.generator.tokens, progress)
 
     def restore(self, tokens: Sequence[int], note: Callable[[str], None]) -> None:
         """Read --prompt-cache, for a prompt of these tokens. Raises SessionError."""
         path = self.request.prompt_cache
         if path is None:
             return
-        found = load_session(path, self.engine)
+        with self.watch("reading the session", "bytes") as progress:
+            found = load_session(path, self.engine, progress)
         if found is None:
             note(f"session file: {path} does not exist, it will be created")
             return
@@ -110,10 +136,11 @@ def open_session(
     note: Callable[[str], None],
     *,
     profiles: Profiles | None = None,
+    watch: Watch = unwatched,
 ) -> Session:
     """Load a model and get everything ready. Raises MlaError."""
     timings = Timings()
-    model = load_model(settings.model, mmap=settings.mmap, huge=settings.thp)
+    model = watched_load(settings, watch)
     data = tokenizer_data(model.file.metadata, str(settings.model))
     tokenizer = Tokenizer(data, model.config.n_vocab)
     constraint = Constraint(request.grammar, tokenizer) if request.grammar else None
@@ -126,55 +153,71 @@ def open_session(
     end_ids = () if constraint else tokenizer.end_ids
     sampler = Sampler(request.sampling, model.config.n_vocab, end_ids, tokenizer.piece)
     generator = Generator(engine, sampler, timings, profiles, constraint=constraint)
-    return Session(model, tokenizer, template, generator, jit, request)
+    return Session(model, tokenizer, template, generator, jit, request, watch)
+
+
+def watched_load(settings: RunSettings, watch: Watch) -> Model:
+    """The model of these settings. Raises ModelError, SpaceError."""
+    with watch("reading the model", "bytes") as progress:
+        path, mmap, huge = settings.model, settings.mmap, settings.thp
+        return load_model(path, mmap=mmap, huge=huge, progress=progress)
 
 
 def run_prompt(
     settings: RunSettings,
     request: Request,
     *,
-    write: Callable[[str], None],
+    output: Output,
     note: Callable[[str], None],
+    watch: Watch = unwatched,
     profile: bool = False,
 ) -> int:
     """Answer one prompt; the exit code tells whether a signal ended it. Raises MlaError."""
     profiles = Profiles() if profile else None
-    with open_session(settings, request, note, profiles=profiles) as session:
+    with open_session(settings, request, note, profiles=profiles, watch=watch) as session:
         engine, timings = session.engine, session.generator.timings
         tokens = prompt_tokens(session, note)
         session.announce(note)
-        batch = min(len(tokens), settings.n_ubatch)
-        engine.prepare(engine.graph_name(batch), engine.graph_name(1))
+        session.prepare(len(tokens))
         for line in (*session.jit.notes, *engine.pool.notes):
             note(f"note: {line}")
-        timings.load = time.perf_counter() - timings.started
+        ready, answer = time.perf_counter(), Answer()
+        timings.load = ready - timings.started
         session.restore(tokens, note)
+        if request.display_prompt:
+            prompt = session.tokenizer.decode(tokens, special=True)
+            output.prompt(prompt.decode(errors="replace"))
         with stop_on_signals(engine) as received:
             with contextlib.suppress(Cancelled):
-                _answer(session, tokens, write)
-        write("\n")
+                _answer(session, tokens, answer, output, note)
+        output.end(
+            result_of(answer, tokens, session.generator, ready=ready, ids=request.json_tokens)
+        )
         if request.prompt_cache_all:
             session.save()
-    for line in timings.lines():
+    for line in timings.lines() if request.show_timings else ():
         note(line)
     for line in _profiled(profiles, engine, session.jit) if profiles else ():
         note(line)
     return EXIT_OF_SIGNAL[received[0]] if received else 0
 
 
-def _answer(session: Session, tokens: Sequence[int], write: Callable[[str], None]) -> None:
-    """Evaluate the prompt, then sample until an end token, -n, the context's end or Ctrl-C."""
-    logits, request = session.generator.prompt(tokens), session.request
+def _answer(
+    session: Session,
+    tokens: Sequence[int],
+    answer: Answer,
+    output: Output,
+    note: Callable[[str], None],
+) -> None:
+    """Evaluate the prompt, then sample until there is a reason to end. Raises Cancelled."""
+    logits, request = session.evaluate(tokens, note), session.request
     session.generator.keep = kept(session, len(tokens))
     if not request.prompt_cache_all:
         session.save()
-    decoder = StreamDecoder(session.tokenizer)
-    for token in session.generator.stream(logits, request.limit):
-        # -n -2 fills the context whatever the model says.
-        if session.tokenizer.is_end_of_generation(token) and request.n_predict != UNTIL_FULL:
-            break
-        write(decoder.feed(token))
-    write(decoder.flush())
+    ends = request.n_predict != UNTIL_FULL  # which fills the context whatever the model says
+    pieces = answer.pieces(session.generator, session.tokenizer, logits, request, ends=ends)
+    for token, text in pieces:
+        output.piece(token, text)
 
 
 def kept(session: Session, n_prompt: int) -> int | None:

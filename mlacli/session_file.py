@@ -27,6 +27,7 @@ from mlacli.engine import Engine
 from mlacli.errors import SessionError, SpaceError
 from mlacli.files import Data, write_whole
 from mlacli.gguf.reader import GGUFFile
+from mlacli.progress import Progress
 
 MAGIC, VERSION = b"mlaSESSN", 1
 _PEERS = (b"ggsn", b"nsgg", b"ggsq", b"qsgg")
@@ -72,8 +73,10 @@ def model_digest(file: GGUFFile) -> str:
 # -- writing --------------------------------------------------------------------------------------
 
 
-def save_session(path: Path, engine: Engine, tokens: Sequence[int]) -> int:
-    """Write the cells of these tokens; returns the file's size.
+def save_session(
+    path: Path, engine: Engine, tokens: Sequence[int], progress: Progress | None = None
+) -> int:
+    """Write the cells of these tokens; returns the file's size. `progress` is told bytes.
 
     Raises SpaceError naming the file when it cannot be written: then what was there stays.
     """
@@ -83,10 +86,25 @@ def save_session(path: Path, engine: Engine, tokens: Sequence[int]) -> int:
     text = json.dumps(header).encode()
     parts: list[Data] = [MAGIC, _u32(VERSION), _u32(len(text)), text]
     parts += [np.array(tokens, "<i4").data, engine.cache.pos[cells].astype("<i4").data]
+    rows = _told(_rows(engine.cache, cells), _row_bytes(engine.cache, len(cells)), progress)
     try:
-        return write_whole(path, _with_digest(chain(parts, _rows(engine.cache, cells))))
+        return write_whole(path, _with_digest(chain(parts, rows)))
     except OSError as problem:
         raise SpaceError(f"--prompt-cache: {path}: {problem.strerror}") from problem
+
+
+def _row_bytes(cache: Cache, n_cells: int) -> int:
+    per_cell = sum(parts * n for parts, n in cache.layout.cells().values())
+    return per_cell * cache.layout.n_layer * n_cells
+
+
+def _told(parts: Iterable[Data], total: int, progress: Progress | None) -> Iterator[Data]:
+    done = 0
+    for part in parts:
+        yield part
+        done += len(part)
+        if progress:
+            progress(done, total)
 
 
 def _rows(cache: Cache, cells: npt.NDArray[np.intp]) -> Iterator[Data]:
@@ -110,14 +128,15 @@ def _u32(n: int) -> bytes:
 # -- reading --------------------------------------------------------------------------------------
 
 
-def load_session(path: Path, engine: Engine) -> list[int] | None:
+def load_session(path: Path, engine: Engine, progress: Progress | None = None) -> list[int] | None:
     """Fill the empty cache from a file; returns its tokens, None if there is no such file.
+    `progress` is told bytes.
 
     Raises SessionError with one line that says what is wrong: then the cache is empty again.
     """
     try:
         with path.open("rb") as stream:
-            return _Reader(path, stream, engine).read()
+            return _Reader(path, stream, engine, progress).read()
     except FileNotFoundError:
         return None
     except OSError as problem:
@@ -128,17 +147,18 @@ def load_session(path: Path, engine: Engine) -> list[int] | None:
 
 
 class _Reader:
-    def __init__(self, path: Path, stream: BinaryIO, engine: Engine) -> None:
+    def __init__(
+        self, path: Path, stream: BinaryIO, engine: Engine, progress: Progress | None
+    ) -> None:
         self._path, self._stream, self._engine = path, stream, engine
-        self._digest = hashlib.sha256()
-        self._left = os.fstat(stream.fileno()).st_size
+        self._digest, self._progress = hashlib.sha256(), progress
+        self._size = self._left = os.fstat(stream.fileno()).st_size
 
     def read(self) -> list[int]:
         header = self._header()
         n_tokens, n_cells = (self._count(header, name) for name in ("n_tokens", "n_cells"))
         cache = self._engine.cache
-        per_cell = sum(parts * n for parts, n in cache.layout.cells().values())
-        expected = 4 * (n_tokens + n_cells) + per_cell * cache.layout.n_layer * n_cells + _DIGEST
+        expected = 4 * (n_tokens + n_cells) + _row_bytes(cache, n_cells) + _DIGEST
         if self._left != expected:
             raise self._problem(f"has {self._left} bytes behind its header, not {expected}")
         tokens = np.frombuffer(self._take(4 * n_tokens), "<i4")
@@ -205,6 +225,8 @@ class _Reader:
             raise self._problem("ends too early")
         self._left -= n
         self._digest.update(data)
+        if self._progress:
+            self._progress(self._size - self._left, self._size)
         return data
 
     def _problem(self, problem: str) -> SessionError:

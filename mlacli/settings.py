@@ -39,6 +39,7 @@ from mlacli.sampling_settings import MAX_INT, SamplingSettings, sampling_notes
 
 ALL_CORES = -1  # of the CPUs chosen
 SAME_AS_THREADS = -1
+TEXT = "text"  # as the model writes it
 
 
 def default_model() -> Path:
@@ -203,6 +204,11 @@ class Request:
     prompt_cache: Path | None = None  # a session file, read before and written after the prompt
     prompt_cache_all: bool = False  # written after the answer instead
     prompt_cache_ro: bool = False  # only read
+    display_prompt: bool = False
+    verbose_prompt: bool = False  # its tokens are listed
+    show_timings: bool = True
+    output: str = TEXT  # or json, jsonl: an answer as objects
+    json_tokens: bool = False  # their ids in it, too
     sampling: SamplingSettings = field(default_factory=SamplingSettings)
 
     @property
@@ -215,6 +221,13 @@ class Request:
         if self.prompt_cache is None and (self.prompt_cache_all or self.prompt_cache_ro):
             flag = "all" if self.prompt_cache_all else "ro"
             raise UsageError(f"--prompt-cache-{flag}: needs --prompt-cache FILE")
+        if self.talks and self.output != TEXT:
+            raise UsageError(
+                f"--{self.output}: is for one answer, not for a conversation "
+                "(give -p TEXT, -f FILE or standard input)"
+            )
+        if self.json_tokens and self.output == TEXT:
+            raise UsageError("--json-tokens: needs --json or --jsonl")
         if not self.prompt and not self.talks:
             raise UsageError("the prompt is empty (give -p TEXT, -f FILE or standard input)")
 
@@ -231,6 +244,8 @@ def notes(settings: RunSettings, request: Request | None = None) -> list[str]:
         found.append("--keep has no effect without --context-shift")
     if request is not None and request.grammar and request.sampling.ignore_eos:
         found.append(f"--ignore-eos has no effect with {request.grammar.flag}: it says what ends")
+    if request is not None and request.display_prompt and (request.talks or request.output != TEXT):
+        found.append("--display-prompt has no effect with --json, --jsonl or a conversation")
     if request is not None and request.prompt_cache_all and request.prompt_cache_ro:
         found.append("--prompt-cache-all has no effect with --prompt-cache-ro: nothing is written")
     if settings.mla and settings.type_v != "f16":

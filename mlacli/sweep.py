@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from mlacli.bench_runner import random_tokens
 from mlacli.engine import Engine
 from mlacli.errors import UsageError
+from mlacli.progress import Progress
 
 COLUMNS = "|    PP |     TG |   N_KV |   T_PP s | S_PP t/s |   T_TG s | S_TG t/s |"
 LINE = "|-------|--------|--------|----------|----------|----------|----------|"
@@ -66,12 +67,20 @@ def head_line(engine: Engine) -> str:
 
 
 def sweep(
-    engine: Engine, n_gen: int, *, repetitions: int = 1, stride: int = 1, warmup: bool = False
+    engine: Engine,
+    n_gen: int,
+    *,
+    repetitions: int = 1,
+    stride: int = 1,
+    warmup: bool = False,
+    progress: Progress | None = None,
 ) -> Iterator[Step]:
     """One micro-batch after another until the context is full; every `stride`-th one is measured.
 
     Tokens are generated first and forgotten again, then the batch is evaluated. The first step is
-    repeated, and a mean given. Raises UsageError when not even one step fits, Cancelled.
+    repeated, and a mean given. `progress` is told tokens before each step.
+
+    Raises UsageError when not even one step fits, Cancelled.
     """
     n_pp, n_ctx = engine.plan.n_tokens_max, engine.n_ctx
     if n_gen > n_ctx:
@@ -81,6 +90,8 @@ def sweep(
         _prompt(engine, 0, n_pp)
         engine.cache.clear()
     for number, n_kv in enumerate(range(0, n_ctx - max(n_pp, n_gen) + 1, n_pp)):
+        if progress:
+            progress(n_kv, n_ctx)
         if number % stride:
             _prompt(engine, n_kv, n_pp)
             continue

@@ -61,7 +61,7 @@ class Terminal:
         shown, self.text = self.text[: found.end()], self.text[found.end() :]
         return shown.replace("\r", "")
 
-    def say(self, line: str, pattern: str = r"\n> ") -> str:
+    def say(self, line: str, pattern: str = r"\n(?:\x1b\[0m)?> ") -> str:
         self.type(line)
         return self.until(pattern)
 

@@ -26,10 +26,17 @@ class Session:
         self.answer: Callable[..., int] = lambda write, note: 0
 
     def run_prompt(
-        self, settings: RunSettings, request: Request, *, write: Any, note: Any, profile: bool
+        self,
+        settings: RunSettings,
+        request: Request,
+        *,
+        output: Any,
+        note: Any,
+        watch: Any,
+        profile: bool,
     ) -> int:
         self.settings, self.request = settings, request
-        return self.answer(write, note)
+        return self.answer(lambda text: output.piece(0, text), note)
 
 
 @pytest.fixture

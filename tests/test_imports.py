@@ -15,7 +15,7 @@ LEVELS = (
     ("mlacli.__main__", "mlacli.cli"),
     ("mlacli.chat", "mlacli.doctor"),
     ("mlacli.bench", "mlacli.bench_table", "mlacli.bench_runner", "mlacli.session", "mlacli.sweep"),
-    ("mlacli.generation", "mlacli.session_file", "mlacli.signals"),
+    ("mlacli.generation", "mlacli.session_file", "mlacli.signals", "mlacli.answer"),
     (
         *("mlacli.engine", "mlacli.context", "mlacli.machine", "mlacli.calibrate"),
         *("mlacli.roofline", "mlacli.fit"),
@@ -30,7 +30,7 @@ LEVELS = (
         *("mlacli.gguf", "mlacli.text", "mlacli.settings", "mlacli.limits", "mlacli.cpu_count"),
         *("mlacli.debug", "mlacli.errors", "mlacli.memory", "mlacli.free_memory"),
         *("mlacli.sampling_settings", "mlacli.files", "mlacli.pictures", "mlacli.hub"),
-        *("mlacli.numa", "mlacli.placement", "mlacli.findings"),
+        *("mlacli.numa", "mlacli.placement", "mlacli.findings", "mlacli.progress"),
     ),
     ("codegen",),
 )

@@ -14,7 +14,13 @@ from mlacli.settings import notes
 app = new_app()
 
 
-@app.command("chat", cls=RunCommand)
+class ChatCommand(RunCommand):
+    refuses = dict.fromkeys(
+        ("--json", "--jsonl", "--json-tokens"), "is for one answer (mlacli run), not a conversation"
+    )
+
+
+@app.command("chat", cls=ChatCommand)
 @takes(REQUEST_FLAGS)
 def chat(**values: Any) -> int:
     """Talk with a model: answers as they are made, /help for what else can be typed.

@@ -73,11 +73,11 @@ class Commands:
 
     def _help(self, _: str) -> None:
         for name, (words, text) in COMMANDS.items():
-            console.note(f"{f'{name} {words}'.strip()}\n    {text}")
-        console.note(
+            console.tell(f"{f'{name} {words}'.strip()}\n    {text}")
+        console.tell(
             'A line that ends with \\ goes on; """ begins and ends a message of many lines.'
         )
-        console.note("Ctrl-C stops an answer, or leaves.")
+        console.tell("Ctrl-C stops an answer, or leaves.")
 
     def _exit(self, _: str) -> None:
         raise Leave
@@ -91,39 +91,39 @@ class Commands:
 
     def _save(self, name: str) -> None:
         save_log(Path(name), self.conversation.messages)
-        console.note(f"saved: {name} ({len(self.conversation.messages)} messages)")
+        console.tell(f"saved: {name} ({len(self.conversation.messages)} messages)")
 
     def _load(self, name: str) -> None:
         self.conversation.messages = load_log(Path(name))
-        console.note(f"loaded: {name} ({len(self.conversation.messages)} messages)")
+        console.tell(f"loaded: {name} ({len(self.conversation.messages)} messages)")
 
     def _read(self, name: str) -> None:
         text = read_text(Path(name), f"/read: {name}")
         self._before += text + "\n\n"
-        console.note(f"read: {name} ({len(text)} characters)")
+        console.tell(f"read: {name} ({len(text)} characters)")
 
     def _show(self, what: str) -> None:
         session = self.conversation.session
         engine, sampling = session.engine, session.generator.sampler.settings
         match what or "info":
             case "info":
-                console.note(f"model: {session.model.file.path}")
-                console.note(
+                console.tell(f"model: {session.model.file.path}")
+                console.tell(
                     f"context: {engine.cache.n_used} of {engine.n_ctx} tokens, "
                     f"{engine.plan.layout.bytes_per_token} bytes each"
                 )
             case "system":
                 first = next(iter(self.conversation.messages), {"role": ""})
-                console.note(first["content"] if first["role"] == "system" else "(none)")
+                console.tell(first["content"] if first["role"] == "system" else "(none)")
             case "parameters":
                 for name in rules(SamplingSettings):
-                    console.note(f"{name} = {getattr(sampling, name)}")
+                    console.tell(f"{name} = {getattr(sampling, name)}")
             case "messages":
                 for message in self.conversation.messages:
-                    console.note(f"{message['role']}: {message['content']}")
+                    console.tell(f"{message['role']}: {message['content']}")
             case "timings":
                 for line in self.timings.lines():
-                    console.note(line)
+                    console.tell(line)
             case _:
                 raise UsageError(f"/show: {what!r} is not one of {COMMANDS['/show'][0][1:-1]}")
 

@@ -1,18 +1,77 @@
-"""The only place that prints: text and tables to stdout, notes and errors to stderr."""
+"""The only place that prints: text and tables to stdout, notes and errors to stderr.
+
+`start` says how (mlacli/cli/log_settings.py); before it the defaults hold.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import sys
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
 from typing import TextIO
 
+from mlacli.cli.log_settings import ERRORS, INFO, NOTES, LogSettings
 from mlacli.debug import ENV
 from mlacli.errors import SpaceError
 
 _LINE_LIMIT = 300
 _HISTORY = 1000
+_DIM, _PROMPT, _TYPED, _RED, _YELLOW = "\x1b[2m", "\x1b[33m", "\x1b[1;32m", "\x1b[31m", "\x1b[33m"
+_RESET = "\x1b[0m"
+_OF_LEVEL = {ERRORS: ("E", _RED), NOTES: ("W", _YELLOW), INFO: ("I", "")}
+
+
+@dataclass
+class _Log:
+    settings: LogSettings = field(default_factory=LogSettings)
+    file: TextIO | None = None
+    started: float = field(default_factory=time.monotonic)
+    hide: Callable[[], None] | None = None  # takes a progress bar off the screen
+
+
+_log = _Log()
+
+
+def start(settings: LogSettings) -> None:
+    """From now on lines are shown as these settings want. Raises SpaceError."""
+    _log.settings, _log.started = settings, time.monotonic()
+    if settings.path is None:
+        return
+    try:
+        _log.file = settings.path.open("w", encoding="utf-8", errors="backslashreplace")
+    except OSError as problem:
+        raise SpaceError(f"--log-file: {settings.path}: {problem.strerror}") from problem
+
+
+def finish() -> None:
+    """Close the log; the defaults hold again."""
+    if _log.file is not None:
+        with contextlib.suppress(OSError):  # it was flushed line by line
+            _log.file.close()
+    _log.settings, _log.file, _log.hide = LogSettings(), None, None
+
+
+def set_bar(hide: Callable[[], None] | None) -> None:
+    """There is a progress bar, which `hide` takes away until it is told something; or none."""
+    _log.hide = hide
+
+
+def shows_bars() -> bool:
+    """Whether progress can be shown: by a terminal that can do more than lines."""
+    s = _log.settings
+    wanted = s.progress and not s.simple_io and s.shown >= INFO and not ENV.dumb_terminal
+    return wanted and sys.stderr is not None and sys.stderr.isatty()
+
+
+def shows_colours(stream: TextIO | None, when: str | None = None) -> bool:
+    """Whether text on this stream may be coloured: by --color unless another flag says."""
+    when = when or _log.settings.color
+    if stream is None or _log.settings.simple_io or when == "off":
+        return False
+    return when == "on" or (ENV.colours and stream.isatty())
 
 
 def write(text: str) -> None:
@@ -22,6 +81,8 @@ def write(text: str) -> None:
     """
     if sys.stdout is None:
         raise SpaceError("stdout: is closed")
+    if _log.hide:
+        _log.hide()
     try:
         sys.stdout.write(text)
         sys.stdout.flush()
@@ -32,17 +93,48 @@ def write(text: str) -> None:
 
 
 def note(line: str) -> None:
-    """A line on stderr. A stderr that cannot be written is no reason to stop."""
-    if sys.stderr is not None:
+    """A line on stderr and in the log, if they are to have it: `note: ...` is one that warns."""
+    _line(line, NOTES if line.startswith("note: ") else INFO)
+
+
+def tell(line: str) -> None:
+    """A line on stderr that was asked for, whatever the log flags say."""
+    _put(sys.stderr, line)
+
+
+def _line(line: str, level: int) -> None:
+    settings, (letter, colour) = _log.settings, _OF_LEVEL[level]
+    if settings.log_prefix:
+        line = f"{letter} {line}"
+    if settings.log_timestamps:
+        line = f"{_time()} {line}"
+    if level <= max(settings.shown, ERRORS):
+        coloured = colour and shows_colours(sys.stderr, settings.log_colors)
+        _put(sys.stderr, f"{colour}{line}{_RESET}" if coloured else line)
+    if _log.file is not None and level <= max(settings.verbosity, ERRORS):
+        _put(_log.file, line)
+
+
+def _time() -> str:
+    """llama.cpp's: minutes, seconds, milliseconds, microseconds."""
+    us = int(1e6 * (time.monotonic() - _log.started))
+    return f"{us // 60_000_000}.{us // 10**6 % 60:02d}.{us // 1000 % 1000:03d}.{us % 1000:03d}"
+
+
+def _put(stream: TextIO | None, line: str) -> None:
+    """A stream that cannot be written is no reason to stop."""
+    if _log.hide:
+        _log.hide()
+    if stream is not None:
         with contextlib.suppress(OSError):
-            sys.stderr.write(line + "\n")
-            sys.stderr.flush()
+            stream.write(line + "\n")
+            stream.flush()
 
 
 def error(message: str) -> None:
     """`error: ...` as exactly one line of at most 300 characters, safe for a terminal."""
     line = "".join(c if c.isprintable() else _escaped(c) for c in f"error: {message}")
-    note(line if len(line) <= _LINE_LIMIT else line[: _LINE_LIMIT - 3] + "...")
+    _line(line if len(line) <= _LINE_LIMIT else line[: _LINE_LIMIT - 3] + "...", ERRORS)
 
 
 def _escaped(char: str) -> str:
@@ -58,7 +150,7 @@ def ask(prompt: str) -> str | None:
     """A line that is typed, or None at the end of input; no prompt is shown to a script."""
     try:
         if is_talking():
-            return input(prompt)
+            return _typed(prompt)
         line = sys.stdin.readline() if sys.stdin is not None else ""
         return line.removesuffix("\n") if line else None
     except EOFError:
@@ -66,10 +158,25 @@ def ask(prompt: str) -> str | None:
         return None
 
 
+def _typed(prompt: str) -> str:
+    """A line that a person types, in its own colour. Raises EOFError."""
+    if _log.settings.simple_io:
+        write(prompt)
+        if not (line := sys.stdin.readline()):
+            raise EOFError
+        return line.removesuffix("\n")
+    if not shows_colours(sys.stdout):
+        return input(prompt)
+    try:  # readline must not count what takes no room
+        return input(f"{prompt}\x01{_TYPED}\x02")
+    finally:
+        write(_RESET)
+
+
 @contextlib.contextmanager
 def line_editing(words: Iterable[str]) -> Iterator[None]:
     """History, kept in a file of the user's, and completion of `words` while lines are typed."""
-    if not is_talking():
+    if not is_talking() or _log.settings.simple_io:
         yield
         return
     import readline
@@ -97,16 +204,14 @@ def line_editing(words: Iterable[str]) -> Iterator[None]:
             note(f"note: the history is not kept: {path}: {problem.strerror}")
 
 
-def shows_bars() -> bool:
-    """Whether progress may be drawn: stderr is a terminal that can move its cursor."""
-    return ENV.cursor and sys.stderr is not None and sys.stderr.isatty()
-
-
 def dim(text: str) -> str:
-    """Dim on a terminal that shows colours, else as it is."""
-    if not ENV.colours or sys.stdout is None or not sys.stdout.isatty():
-        return text
-    return f"\x1b[2m{text}\x1b[0m"
+    """Dim where colours are shown, else as it is."""
+    return f"{_DIM}{text}{_RESET}" if shows_colours(sys.stdout) else text
+
+
+def prompt(text: str) -> str:
+    """In the colour of prompts where colours are shown, else as it is."""
+    return f"{_PROMPT}{text}{_RESET}" if shows_colours(sys.stdout) else text
 
 
 _MARKS = {"ok": "green", "note": "yellow", "problem": "bold red"}

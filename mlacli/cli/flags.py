@@ -13,6 +13,7 @@ from typing import Any
 
 from codegen.formats import CACHE_FORMATS, LATENT_CACHE_TYPES
 from mlacli.cli import console
+from mlacli.cli.log_settings import DEBUG, LOG_TEXT, LogSettings
 from mlacli.cli.options import flag, parameter
 from mlacli.errors import UsageError
 from mlacli.hub import HubFile, fetch
@@ -22,6 +23,7 @@ from mlacli.settings import RunSettings, fitted
 
 MODEL, ATTENTION, SAMPLING, PROMPT = "Model and memory", "Attention", "Sampling", "Prompt"
 THREADS = "Threads and CPUs"
+OUTPUT = "Output"
 PROFILE_HELP = "Show on stderr where the time goes, by op; with -v also by layer."
 DEMO_MODEL = "a small model that comes with mlacli"
 NO_FLASH_ATTENTION = {"-no-fa": "-fa off", "--no-flash-attn": "-fa off"}
@@ -195,7 +197,7 @@ _TEXT: dict[str, tuple[str, str, str, str]] = {
         PROMPT,
         "-r --reverse-prompt",
         "TEXT",
-        "Text that ends an answer of a conversation; may be repeated.",
+        "Text that ends an answer; may be repeated.",
     ),
     "in_prefix": (PROMPT, "--in-prefix", "TEXT", "Put before every message typed."),
     "in_suffix": (PROMPT, "--in-suffix", "TEXT", "Put behind every message typed."),
@@ -219,6 +221,20 @@ _TEXT: dict[str, tuple[str, str, str, str]] = {
     ),
     "prompt_cache_all": (PROMPT, "--prompt-cache-all", "", "Keep the answer in it, too."),
     "prompt_cache_ro": (PROMPT, "--prompt-cache-ro", "", "Read that file, but never write it."),
+    "display_prompt": (
+        OUTPUT,
+        "--display-prompt/--no-display-prompt",
+        "",
+        "Write the prompt, as the model reads it, before the answer.",
+    ),
+    "verbose_prompt": (OUTPUT, "--verbose-prompt", "", "List the prompt's tokens on stderr."),
+    "show_timings": (
+        OUTPUT,
+        "--show-timings/--no-show-timings --perf/--no-perf",
+        "",
+        "After an answer, say how long it took.",
+    ),
+    **LOG_TEXT,
 }
 _SHOWN_DEFAULT = {
     "model": DEMO_MODEL,
@@ -262,18 +278,17 @@ def shown_default(field: Field[Any]) -> str:
         return _SHOWN_DEFAULT[field.name]
     if isinstance(field.default, bool):
         return "on" if field.default else "off"
-    return "" if field.default is MISSING else str(field.default)
+    return "" if field.default in (MISSING, None) else str(field.default)
 
 
 def flags_of(*owners: type[Any]) -> Iterator[inspect.Parameter]:
     """A parameter for each field of these settings classes that has a flag; None: not given.
 
-    Where a file can be named, so can one of the hub.
+    Where a file can be named, so can one of the hub, and the log's flags are there, too.
     """
-    every = [
-        o for owner in owners for o in ((HubFile, owner) if owner is RunSettings else (owner,))
-    ]
-    for field in (field for owner in every for field in fields(owner)):
+    if RunSettings in owners:
+        owners = (HubFile, *owners, LogSettings)
+    for field in (field for owner in owners for field in fields(owner)):
         if field.name in _TEXT:
             section, names, placeholder, text = _TEXT[field.name]
             option = flag(names, section, placeholder, text, shown_default(field))
@@ -296,10 +311,13 @@ def given(owner: type[Any], values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def run_settings(values: Mapping[str, Any]) -> RunSettings:
-    """What the flags of RunSettings say; a model of the hub is fetched. Raises UsageError, and
-    ModelError where there is no such model."""
-    found = given(RunSettings, values)
-    hub = given(HubFile, values)
+    """What the flags of RunSettings say; those of the log take effect, and a model of the hub is
+    fetched. Raises UsageError, SpaceError, and ModelError where there is no such model."""
+    log = LogSettings(**given(LogSettings, values))
+    console.start(log)
+    found, hub = given(RunSettings, values), given(HubFile, values)
+    if log.verbosity >= DEBUG:
+        found.setdefault("verbose", True)
     if "model" in found:
         found["model"] = Path(found["model"])
         if "hf_repo" in hub:

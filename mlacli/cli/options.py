@@ -86,17 +86,22 @@ class StrictCommand(TyperCommand):
 
     `rewrites` maps a flag to the words that stand for it (`-no-fa` -> `-fa off`); no words when
     there is nothing to switch off. `operands` names the parameter that takes the words that belong
-    to no flag, where there may be any.
+    to no flag, where there may be any. `refuses` are flags of other commands: name and reason.
     """
 
     rewrites: ClassVar[Mapping[str, str]] = {}
     operands: ClassVar[str] = ""
+    refuses: ClassVar[Mapping[str, str]] = {}
 
     def parse_args(self, ctx: Context, args: list[str]) -> list[str]:
         if ctx.resilient_parsing:  # a shell asks what could follow
             return super().parse_args(ctx, args)
         flags = self.flags()
-        given = list(normalise(args, flags, self.rewrites, operands=bool(self.operands)))
+        given = list(
+            normalise(
+                args, flags, self.rewrites, operands=bool(self.operands), refuses=self.refuses
+            )
+        )
         if any(name in HELP_NAMES for name, _ in given):
             return super().parse_args(ctx, ["--help"])
         ctx.params |= {option.name: option.default for option in self.options()}
@@ -165,7 +170,12 @@ def _names(option: TyperOption) -> str:
 
 
 def normalise(
-    argv: Sequence[str], flags: _Flags, rewrites: Mapping[str, str], *, operands: bool = False
+    argv: Sequence[str],
+    flags: _Flags,
+    rewrites: Mapping[str, str],
+    *,
+    operands: bool = False,
+    refuses: Mapping[str, str] | None = None,
 ) -> Iterator[tuple[str, str | None]]:
     """(name, value or None) of every flag in argv; names as declared, bare flags with a value.
 
@@ -179,7 +189,7 @@ def normalise(
         if operands and not words[0].startswith("-"):
             yield "", words.popleft()
             continue
-        name, value = _split(words.popleft(), flags)
+        name, value = _split(words.popleft(), flags, REFUSED | dict(refuses or {}))
         option = flags[name]
         if option is not None and not option.is_flag:
             yield name, _value(name, value, option, flags, words)
@@ -211,7 +221,7 @@ def _long(word: str) -> str:
     return word.replace("_", "-") if word.startswith("--") else word
 
 
-def _split(word: str, flags: _Flags) -> tuple[str, str | None]:
+def _split(word: str, flags: _Flags, refused: Mapping[str, str]) -> tuple[str, str | None]:
     """(flag, value attached to it or None)."""
     if not word.startswith("-") or word in ("-", "--"):
         raise UsageError(f"{word!r}: belongs to no flag (a value with spaces needs quotes)")
@@ -219,8 +229,8 @@ def _split(word: str, flags: _Flags) -> tuple[str, str | None]:
     name = _long(name)
     if name in flags:
         return name, value if equals else None
-    if name in REFUSED:
-        raise UsageError(f"{name}: {REFUSED[name]}")
+    if name in refused:
+        raise UsageError(f"{name}: {refused[name]}")
     short = re.fullmatch(r"(-[a-zA-Z])(-?\d+)", word)
     if short and short[1] in flags:  # -c4096, as getopt has it
         return short[1], short[2]

@@ -23,6 +23,7 @@ _REASONS = {
         "--host --port --api-key --api-key-file --slots --metrics --props --embedding --embeddings "
         "--rerank --reranking -np --parallel --slot-save-path --webui --no-webui"
     ),
+    "log lines are plain text": "--log-jsonl",
     "there is no RPC backend": "--rpc",
     "cached rows are not transformed": "-khad --k-cache-hadamard -vhad --v-cache-hadamard",
     "a thread whose priority was lowered may not raise it again: --prio holds for prompts, too": (

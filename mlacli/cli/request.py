@@ -13,7 +13,7 @@ from mlacli.cli.flags import PROFILE_HELP, PROMPT, SAMPLING, flags_of, given
 from mlacli.cli.options import OTHER, flag, parameter
 from mlacli.errors import UsageError
 from mlacli.sampling_settings import SamplingSettings
-from mlacli.settings import Grammar, Request, RunSettings
+from mlacli.settings import TEXT, Grammar, Request, RunSettings
 
 MAX_PROMPT_BYTES = 64 << 20
 
@@ -64,7 +64,14 @@ REQUEST_FLAGS = [
 ]
 
 
-def read_request(values: Mapping[str, Any], *, raw: bool, talks: bool) -> Request:
+def read_request(
+    values: Mapping[str, Any],
+    *,
+    raw: bool,
+    talks: bool,
+    output: str = TEXT,
+    json_tokens: bool = False,
+) -> Request:
     """The request that the flags give; `talks`: it begins a conversation. Raises UsageError."""
     escape = values["escape"]
     chosen = given(SamplingSettings, values)
@@ -89,6 +96,8 @@ def read_request(values: Mapping[str, Any], *, raw: bool, talks: bool) -> Reques
         "prompt": text or "",
         "raw": raw,
         "talks": talks,
+        "output": output,
+        "json_tokens": json_tokens,
         "system": _text(values, "system", ("-sys", "-sysf"), escape) or "",
         "sampling": SamplingSettings(**chosen),
         "grammar": _grammar(values),

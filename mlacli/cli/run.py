@@ -6,18 +6,18 @@ import sys
 from typing import Annotated, Any
 
 from mlacli.cli import console
-from mlacli.cli.flags import NO_FLASH_ATTENTION, PROMPT, run_settings
+from mlacli.cli.flags import NO_FLASH_ATTENTION, OUTPUT, PROMPT, run_settings
 from mlacli.cli.options import StrictCommand, flag, new_app, takes
 from mlacli.cli.request import REQUEST_FLAGS, has_prompt, read_request
 from mlacli.errors import UsageError
-from mlacli.settings import notes
+from mlacli.settings import TEXT, notes
 
 app = new_app()
 
 
 class RunCommand(StrictCommand):
-    # This program never prints the prompt and runs nothing before it.
-    rewrites = NO_FLASH_ATTENTION | {"--no-display-prompt": "", "--no-warmup": ""}
+    # This program runs nothing before a prompt.
+    rewrites = NO_FLASH_ATTENTION | {"--no-warmup": ""}
 
 
 _CONVERSATION = flag(
@@ -35,11 +35,19 @@ _INTERACTIVE = flag(
 )
 
 
+_JSON = flag("--json", OUTPUT, "", "Write one JSON object when the answer is done.")
+_JSONL = flag("--jsonl", OUTPUT, "", "Write a JSON object per token, then that one.")
+_TOKENS = flag("--json-tokens", OUTPUT, "", "Put token ids into it.")
+
+
 @app.command("run", cls=RunCommand)
 @takes(REQUEST_FLAGS)
 def run(
     conversation: Annotated[bool, _CONVERSATION] = True,
     interactive: Annotated[bool, _INTERACTIVE] = False,
+    json: Annotated[bool, _JSON] = False,
+    jsonl: Annotated[bool, _JSONL] = False,
+    json_tokens: Annotated[bool, _TOKENS] = False,
     **values: Any,
 ) -> int:
     """Answer a prompt (or continue it, with --no-cnv) and print the text as it is made."""
@@ -48,7 +56,15 @@ def run(
     talks = interactive or (conversation and at_terminal and not has_prompt(values))
     if talks and not conversation:
         raise UsageError("-i: needs the chat template, which --no-cnv leaves out")
-    request = read_request(values, raw=not conversation, talks=talks)
+    if json and jsonl:
+        raise UsageError("--json and --jsonl: give one of them, not both")
+    request = read_request(
+        values,
+        raw=not conversation,
+        talks=talks,
+        output="json" if json else "jsonl" if jsonl else TEXT,
+        json_tokens=json_tokens,
+    )
     for line in notes(settings, request):
         console.note(f"note: {line}")
     if talks:
@@ -56,8 +72,15 @@ def run(
 
         return talk(settings, request)
 
+    from mlacli.cli.answers import OUTPUTS
+    from mlacli.cli.progress import bar
     from mlacli.session import run_prompt
 
     return run_prompt(
-        settings, request, write=console.write, note=console.note, profile=values["profile"]
+        settings,
+        request,
+        output=OUTPUTS[request.output](),
+        note=console.note,
+        watch=bar,
+        profile=values["profile"],
     )

@@ -49,25 +49,30 @@ def sweep(
         console.note(f"note: {line}")
 
     from mlacli import sweep as sweeping
-    from mlacli.engine import Cancelled, load_model
+    from mlacli.cli.progress import bar
+    from mlacli.engine import Cancelled
     from mlacli.machine import make_jit
     from mlacli.report import context_size
-    from mlacli.session import start_engine
+    from mlacli.session import start_engine, watched_load
     from mlacli.signals import EXIT_OF_SIGNAL, stop_on_signals
 
-    model = load_model(settings.model, mmap=settings.mmap, huge=settings.thp)
+    model = watched_load(settings, bar)
     n_ctx = context_size(model.config, settings, note=console.note)
     engine = start_engine(model, settings, make_jit(), n_ctx)
-    engine.prepare(*engine.plan.graphs)
+    with bar("compiling", "kernels") as progress:
+        engine.prepare(*engine.plan.graphs, progress=progress)
     for line in engine.pool.notes:
         console.note(f"note: {line}")
     if not as_json:
         head = (sweeping.head_line(engine), "", sweeping.COLUMNS, sweeping.LINE)
         console.write("\n".join(head) + "\n")
-    with stop_on_signals(engine) as received:
+    with (
+        stop_on_signals(engine) as received,
+        bar("sweep", "positions", background=False) as progress,
+    ):
         try:
             for step in sweeping.sweep(
-                engine, n_gen, repetitions=times, stride=every, warmup=warmup
+                engine, n_gen, repetitions=times, stride=every, warmup=warmup, progress=progress
             ):
                 console.write((step.json_line(engine) if as_json else step.table_line) + "\n")
         except Cancelled as problem:

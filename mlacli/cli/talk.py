@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from mlacli.chat import Conversation
 from mlacli.cli import console
 from mlacli.cli.chat_commands import COMMANDS, Commands, Leave
+from mlacli.cli.progress import bar
 from mlacli.engine import Cancelled
 from mlacli.errors import Interrupted, MlaError
 from mlacli.generation import Timings
@@ -22,9 +23,9 @@ QUOTES = '"""'
 
 def talk(settings: RunSettings, request: Request) -> int:
     """A conversation until /exit, the end of input or Ctrl-C at the prompt."""
-    with open_session(settings, request, console.note) as session:
+    with open_session(settings, request, console.note, watch=bar) as session:
         session.announce(console.note)
-        session.engine.prepare(session.engine.graph_name(1))
+        session.prepare()
         for line in (*session.jit.notes, *session.engine.pool.notes):
             console.note(f"note: {line}")
         if session.tokenizer.data.chat_template is None and request.template is None:
@@ -54,7 +55,7 @@ class Talk:
             if self.request.single_turn:
                 return
         elif console.is_talking():
-            console.note("/help shows what can be typed, Ctrl-D ends the conversation")
+            console.tell("/help shows what can be typed, Ctrl-D ends the conversation")
         with console.line_editing(COMMANDS):
             while (text := self._read()) is not None:
                 try:
@@ -115,6 +116,8 @@ class Talk:
         if received and received[0] != signal.SIGINT:
             raise Interrupted(EXIT_OF_SIGNAL[received[0]])
         self.commands.timings = timings
+        if not self.request.show_timings:
+            return
         if self.commands.verbose:
             for line in timings.lines():
                 console.note(line)

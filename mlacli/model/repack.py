@@ -7,7 +7,7 @@ a time.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from codegen.call import Call
@@ -16,13 +16,13 @@ from codegen.kernels.repacked import interleave_rows
 from mlacli.graph.matrix import Matrix
 from mlacli.memory import Block, allocate
 from mlacli.model.weights import Weights
+from mlacli.progress import Progress
 
 if TYPE_CHECKING:
     from codegen.jit import Jit
     from codegen.pool import Pool
 
 LINE = 64
-Progress = Callable[[int, int], None]  # (bytes done, bytes in all)
 
 
 def repack(
@@ -37,7 +37,7 @@ def repack(
     """Make the interleaved ones of these matrices, but for those that there are already.
 
     False when the pool was cancelled meanwhile: what is missing can be made by another call. Raises
-    SpaceError. `huge` asks for huge pages.
+    SpaceError. `huge` asks for huge pages; `progress` is told bytes.
     """
     wanted = [m for m in matrices if m.source and not weights.has_made(m)]
     total = sum(m.nbytes for m in wanted)
