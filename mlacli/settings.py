@@ -49,6 +49,7 @@ class RunSettings:
     thp: bool = field(default=False, metadata=ruled(Switch("-thp")))
     mlock: bool = field(default=False, metadata=ruled(Switch("--mlock")))
     mmap: bool = field(default=True, metadata=ruled(Switch("--mmap")))
+    fit: bool = field(default=True, metadata=ruled(Switch("-fit")))  # without -c: what fits
     verbose: bool = False
 
     def __post_init__(self) -> None:

@@ -49,6 +49,9 @@ _ESCAPE = flag(
     r"Read \n, \t, \r, \", \', \\ and \x41 in -p, -sys and the like, or take them as typed.",
     "on",
 )
+_DRY_RUN = flag(
+    "-dr --dry-run", OTHER, "", "Only report the memory that this takes; exit code 5: too much."
+)
 _PROFILE = flag("--profile", OTHER, "", PROFILE_HELP)
 # kind of grammar: its two flags
 _GRAMMARS = {
@@ -61,6 +64,7 @@ REQUEST_FLAGS = [
     parameter("escape", _ESCAPE, bool, True),
     *flags_of(Request, SamplingSettings, RunSettings),
     parameter("profile", _PROFILE, bool, False),
+    parameter("dry_run", _DRY_RUN, bool, False),
 ]
 
 
@@ -78,7 +82,7 @@ def read_request(values: Mapping[str, Any], *, raw: bool, talks: bool) -> Reques
     if "prompt_cache" in wanted:
         wanted["prompt_cache"] = Path(wanted["prompt_cache"])
     text = _text(values, "prompt", ("-p", "-f"), escape, "file")
-    if text is None and not talks:
+    if text is None and not talks and not values["dry_run"]:
         text = _from_stdin()
     source = _text(values, "template", ("--chat-template", "--chat-template-file"), False)
     if source is not None and values["template"] is not None:
@@ -88,7 +92,7 @@ def read_request(values: Mapping[str, Any], *, raw: bool, talks: bool) -> Reques
     wanted |= {
         "prompt": text or "",
         "raw": raw,
-        "talks": talks,
+        "talks": talks or values["dry_run"],
         "system": _text(values, "system", ("-sys", "-sysf"), escape) or "",
         "sampling": SamplingSettings(**chosen),
         "grammar": _grammar(values),

@@ -51,6 +51,10 @@ def run(
     request = read_request(values, raw=not conversation, talks=talks)
     for line in notes(settings, request):
         console.note(f"note: {line}")
+    if values["dry_run"]:
+        from mlacli.cli.report import dry_run
+
+        return dry_run(settings)
     if talks:
         from mlacli.cli.talk import talk
 
