@@ -9,11 +9,24 @@ from codegen.formats import CACHE_FORMATS
 from mlacli.context import ContextPlan, cache_layout, padded_context
 from mlacli.errors import SpaceError, UsageError
 from mlacli.free_memory import available_bytes as free_bytes
-from mlacli.memory import MIB
 from mlacli.model.config import ModelConfig
 from mlacli.settings import RunSettings
+from mlacli.units import GIB, MIB, size_text
 
-GIB = 1024 * MIB
+__all__ = [
+    "GIB",
+    "Need",
+    "check_cache_rows",
+    "check_plan",
+    "context_size",
+    "default_context",
+    "least_need",
+    "planned_memory",
+    "planned_need",
+    "size_text",
+    "wanted_context",
+]
+
 DEFAULT_CONTEXT = 4096
 CONTEXT_STEP = 256
 
@@ -39,11 +52,6 @@ class Need:
                 f"{size_text(self.total - self.cache)} for buffers, "
                 f"{size_text(available)} available"
             )
-
-
-def size_text(n: int) -> str:
-    """MiB below one GiB, else GiB."""
-    return f"{n / GIB:.2f} GiB" if n >= GIB else f"{n / MIB:.2f} MiB"
 
 
 def context_size(

@@ -20,9 +20,10 @@ from typing import Any
 from mlacli.context import plan_context
 from mlacli.engine import Model
 from mlacli.errors import SpaceError, UsageError
-from mlacli.fit import CONTEXT_STEP, check_cache_rows, least_need, planned_memory, size_text
+from mlacli.fit import CONTEXT_STEP, check_cache_rows, least_need, planned_memory
 from mlacli.machine import this_target
 from mlacli.settings import RunSettings
+from mlacli.units import size_text
 
 LEAST_UBATCH, LEAST_AMB = 32, 8
 GAIN = 16  # a step must gain 1 / GAIN of the context

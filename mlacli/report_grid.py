@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any
 from mlacli.errors import UsageError
 from mlacli.limits import rules
 from mlacli.settings import RunSettings, fitted, notes
+from mlacli.units import MIB, size_text
 
 if TYPE_CHECKING:
     from mlacli.report import Report
 
 MAX_COMBINATIONS = 1024
-MIB = 2**20
 # The settings that may have several values, outermost loop first.
 AXES = (
     *("mla", "flash_attn", "type_k", "type_v", "n_batch", "n_ubatch", "amb_mib"),
@@ -138,9 +138,6 @@ def _head(found: Iterable[Row]) -> list[str]:
     report = next((row.report for row in found if row.report), None)
     if report is None:
         return []
-
-    from mlacli.fit import size_text
-
     model, memory = report.model, report.memory
     weights, available = size_text(memory.weight_bytes), size_text(memory.available_bytes)
     return [f"{model.name} ({model.file}): {weights} of weights, {available} available", ""]

@@ -7,10 +7,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlacli.fit import GIB, size_text
-from mlacli.memory import MIB
 from mlacli.pictures import new_figure, save_figure
 from mlacli.report_grid import FLAGS, Row, varied
+from mlacli.units import GIB, MIB, size_text
 
 if TYPE_CHECKING:
     from mlacli.report import Report

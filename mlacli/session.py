@@ -12,7 +12,6 @@ from codegen.jit import Jit
 from codegen.pool import Pool
 from mlacli.engine import Cancelled, Engine, Model, load_model
 from mlacli.errors import UsageError
-from mlacli.fit import GIB, size_text
 from mlacli.generation import Generator, Timings, common_length
 from mlacli.machine import machine_profile, make_jit, measure_peaks
 from mlacli.memory import huge_bytes, lock
@@ -29,6 +28,7 @@ from mlacli.text.sampling import Sampler
 from mlacli.text.templates import FALLBACK, NAMED
 from mlacli.text.tokenizer import Piece, StreamDecoder, Tokenizer
 from mlacli.text.vocabulary import tokenizer_data
+from mlacli.units import GIB, size_text
 
 UNTIL_FULL = -2
 Messages = Sequence[Mapping[str, Any]]

@@ -21,7 +21,7 @@ LEVELS = (
         *("mlacli.roofline", "mlacli.fit"),
         *("mlacli.work", "mlacli.profile", "mlacli.profile_table", "mlacli.results"),
         *("mlacli.report", "mlacli.report_format", "mlacli.report_work", "mlacli.report_grid"),
-        *("mlacli.report_picture", "mlacli.fit_flags"),
+        *("mlacli.report_picture", "mlacli.fit_flags", "mlacli.info", "mlacli.info_format"),
     ),
     ("mlacli.model",),
     ("mlacli.cache",),
@@ -29,7 +29,7 @@ LEVELS = (
     (
         *("mlacli.gguf", "mlacli.text", "mlacli.settings", "mlacli.limits", "mlacli.cpu_count"),
         *("mlacli.debug", "mlacli.errors", "mlacli.memory", "mlacli.free_memory"),
-        *("mlacli.sampling_settings", "mlacli.files", "mlacli.pictures"),
+        *("mlacli.sampling_settings", "mlacli.files", "mlacli.pictures", "mlacli.units"),
     ),
     ("codegen",),
 )

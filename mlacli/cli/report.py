@@ -15,6 +15,7 @@ from mlacli.errors import SpaceError, UsageError
 from mlacli.limits import ByteSize, Limit, Switch, parse_list, rules
 from mlacli.report_grid import AXES, Row, as_dict, combinations, notes_of, rows, table
 from mlacli.settings import RunSettings, default_model, fitted, notes
+from mlacli.units import size_text
 
 OUTPUT = "Output"
 _MEMORY, _FIT = ByteSize("--memory"), Switch("--fit")
@@ -98,7 +99,6 @@ def report(
 
 def dry_run(settings: RunSettings) -> int:
     """Print the report of what `run` would take. Raises SpaceError when that does not fit."""
-    from mlacli.fit import size_text
     from mlacli.report import TOO_LARGE, make_report
     from mlacli.report_format import format_report
 

@@ -12,13 +12,13 @@ from mlacli.cli import console
 from mlacli.cli.flags import words_of
 from mlacli.engine import Model, load_model
 from mlacli.errors import SpaceError
-from mlacli.fit import size_text
 from mlacli.fit_flags import Fitted, fit_flags
 from mlacli.free_memory import available_bytes
 from mlacli.report import PAGES, Report, report_of
 from mlacli.report_format import format_report
 from mlacli.report_grid import FLAGS, Row
 from mlacli.settings import RunSettings
+from mlacli.units import size_text
 
 _LABEL = 30  # width of the first column, as in the report
 

@@ -142,11 +142,12 @@ def _text(
     return read_text(Path(file), f"{flags[1]}: {file}")
 
 
-def read_text(path: Path, name: str) -> str:
-    """A file's text without its last newline. Raises UsageError, which begins with `name`."""
+def read_text(path: Path, name: str, *, whole: bool = False) -> str:
+    """A file's text, without its last newline unless `whole`. Raises UsageError, which begins with
+    `name`."""
     try:
         with path.open("rb") as stream:
-            return _decoded(stream.read(MAX_PROMPT_BYTES + 1), name)
+            return _decoded(stream.read(MAX_PROMPT_BYTES + 1), name, whole)
     except OSError as problem:
         raise UsageError(f"{name}: {problem.strerror}") from problem
 
@@ -154,14 +155,21 @@ def read_text(path: Path, name: str) -> str:
 def _from_stdin() -> str:
     if sys.stdin is None or sys.stdin.isatty():
         raise UsageError("no prompt: give -p TEXT, -f FILE or standard input")
-    return _decoded(sys.stdin.buffer.read(MAX_PROMPT_BYTES + 1), "standard input")
+    return read_stdin()
 
 
-def _decoded(data: bytes, name: str) -> str:
-    """Text of a file, which loses one newline at its end."""
+def read_stdin(*, whole: bool = False) -> str:
+    """The text of standard input, which may be typed. Raises UsageError."""
+    if sys.stdin is None:
+        raise UsageError("standard input: is closed")
+    return _decoded(sys.stdin.buffer.read(MAX_PROMPT_BYTES + 1), "standard input", whole)
+
+
+def _decoded(data: bytes, name: str, whole: bool) -> str:
+    """Text of a file, which loses one newline at its end unless it is to be `whole`."""
     if len(data) > MAX_PROMPT_BYTES:
         raise UsageError(f"{name}: is longer than {MAX_PROMPT_BYTES >> 20} MiB")
-    return data.removesuffix(b"\n").decode("utf-8", "surrogateescape")
+    return (data if whole else data.removesuffix(b"\n")).decode("utf-8", "surrogateescape")
 
 
 def unescaped(text: str) -> str:
