@@ -1,19 +1,20 @@
 """`report --fit`: the largest context for so much memory, and the flags that make room for it.
 
-Flags that were given stay. The others are lowered one after another, quality first:
+Flags that were given stay. The others are lowered, quality first: again and again the first of
+these steps that lets at least a sixteenth more context fit (or the first at all, while none fits):
 
     -ctk f16 -> q8_KV       half the cache
     -ub 512 -> 256 .. 32    smaller buffers, slower prompts
     -amb 256 -> 128 .. 8    smaller slices of K*Q, or chunks of expanded rows: slower prompts
 
-A step is taken only where it lets at least a sixteenth more context fit, or where none fits yet;
-none is taken once all of the wanted context fits.
+None is taken once all of the wanted context fits.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection, Iterator
+import itertools
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -70,21 +71,36 @@ def fit_flags(
     wanted = settings.n_ctx or model.config.n_ctx_train
     search = _Search(model, limit, wanted, with_weights)
     n, steps = search.largest(settings), list[Step]()
-    for field, value in _lower(model, settings, given):
-        goal = n + max(1, n // GAIN)
-        if goal > search.most:
-            break
-        change: dict[str, Any] = {field: value}
-        trial = replace(settings, **change)
-        after = search.largest(trial, goal) if search.fits(trial, goal) else 0
-        if after or not n:
-            before = getattr(settings, field)
-            steps.append(Step(field, before, value, search.tokens(n), search.tokens(after)))
-            settings, n = trial, after
+    while found := _first_gain(search, settings, n, _lower(model, settings, given)):
+        field, value, after = found
+        before = getattr(settings, field)
+        steps.append(Step(field, before, value, search.tokens(n), search.tokens(after)))
+        settings, n = _changed(settings, field, value), after
     if search.tokens(n) < max(1, least):
         raise SpaceError(search.refusal(settings, least))
     chosen = replace(settings, n_ctx=search.tokens(n))
     return Fitted(chosen, wanted, tuple(_joined(steps)))
+
+
+def _first_gain(
+    search: _Search, settings: RunSettings, n: int, changes: Iterator[tuple[str, int | str]]
+) -> tuple[str, int | str, int] | None:
+    """The first change that is worth it, and the steps of context that fit with it."""
+    goal = n + max(1, n // GAIN)
+    if goal > search.most:
+        return None
+    for field, value in changes:
+        trial = _changed(settings, field, value)
+        if search.fits(trial, goal):
+            return field, value, search.largest(trial, goal)
+        if not n:
+            return field, value, 0
+    return None
+
+
+def _changed(settings: RunSettings, field: str, value: int | str) -> RunSettings:
+    change: dict[str, Any] = {field: value}
+    return replace(settings, **change)
 
 
 def _lower(
@@ -102,12 +118,11 @@ def _lower(
             value //= 2
 
 
-def _joined(steps: list[Step]) -> Iterator[Step]:
-    """Several steps of one field as one."""
-    while steps:
-        first, same = steps[0], [step for step in steps if step.field == steps[0].field]
-        yield replace(first, after=same[-1].after, n_after=same[-1].n_after)
-        steps = steps[len(same) :]
+def _joined(steps: Iterable[Step]) -> Iterator[Step]:
+    """Steps of one field, one after another, as one."""
+    for _, group in itertools.groupby(steps, lambda step: step.field):
+        same = list(group)
+        yield replace(same[0], after=same[-1].after, n_after=same[-1].n_after)
 
 
 class _Search:
