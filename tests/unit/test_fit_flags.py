@@ -134,7 +134,7 @@ FLAGS = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(limit=SIZES, flags=FLAGS)
 def test_what_is_picked_fits_and_one_step_more_does_not(
     v2_lite: Model, limit: int, flags: dict[str, Any]
