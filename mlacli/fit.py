@@ -9,11 +9,24 @@ from codegen.formats import CACHE_FORMATS
 from mlacli.context import ContextPlan, cache_layout, padded_context
 from mlacli.errors import SpaceError, UsageError
 from mlacli.free_memory import available_bytes as free_bytes
-from mlacli.memory import MIB
 from mlacli.model.config import ModelConfig
 from mlacli.settings import RunSettings
+from mlacli.units import GIB, MIB, size_text
 
-GIB = 1024 * MIB
+__all__ = [
+    "GIB",
+    "Need",
+    "check_cache_rows",
+    "check_plan",
+    "context_size",
+    "default_context",
+    "least_need",
+    "planned_memory",
+    "planned_need",
+    "size_text",
+    "wanted_context",
+]
+
 DEFAULT_CONTEXT = 4096
 CONTEXT_STEP = 256
 
@@ -39,11 +52,6 @@ class Need:
                 f"{size_text(self.total - self.cache)} for buffers, "
                 f"{size_text(available)} available"
             )
-
-
-def size_text(n: int) -> str:
-    """MiB below one GiB, else GiB."""
-    return f"{n / GIB:.2f} GiB" if n >= GIB else f"{n / MIB:.2f} MiB"
 
 
 def context_size(
@@ -81,8 +89,13 @@ def wanted_context(
 
 
 def default_context(config: ModelConfig, settings: RunSettings, available: int) -> int:
-    """The longest context that fits, at most what was trained and 4096; a step if none does."""
+    """The longest context that fits, at most what was trained and 4096; a step if none does.
+
+    With -fit off the most, whether it fits or not.
+    """
     n_ctx = min(config.n_ctx_train, DEFAULT_CONTEXT)
+    if not settings.fit:
+        return n_ctx
     while n_ctx > CONTEXT_STEP and least_need(config, settings, n_ctx).total > available:
         n_ctx = (n_ctx - 1) // CONTEXT_STEP * CONTEXT_STEP
     return n_ctx
@@ -107,6 +120,19 @@ def planned_need(plan: ContextPlan) -> Need:
     """What a planned context takes, exactly."""
     derived = sum(matrix.nbytes for matrix in plan.derived())
     return Need(plan.cache_bytes, plan.arena_bytes, plan.output_bytes, derived)
+
+
+def planned_memory(plan: ContextPlan, settings: RunSettings, file_bytes: int) -> tuple[int, int]:
+    """(bytes that must be had, bytes of weights besides, which can be paged) of a planned context.
+
+    With --no-mmap or --mlock the weights must be had, too; what -rtr copies is read once.
+    """
+    needed, weights = planned_need(plan).total, file_bytes
+    if settings.mmap:
+        weights -= sum(matrix.nbytes for matrix in plan.derived() if matrix.is_copy)
+    if settings.mlock or not settings.mmap:
+        return needed + weights, 0
+    return needed, weights
 
 
 def check_plan(plan: ContextPlan, available_bytes: int | None = None) -> None:

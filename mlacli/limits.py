@@ -9,6 +9,7 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from decimal import Decimal
 from typing import Any, Protocol
 
 from mlacli.errors import UsageError
@@ -164,6 +165,35 @@ class Text:
     def parse(self, text: str) -> str:
         self.check(text)
         return text
+
+
+_UNITS = {"K": 1, "M": 2, "G": 3, "T": 4}
+
+
+@dataclass(frozen=True)
+class ByteSize:
+    """Bytes from `low` to `high`, with a unit: K, Ki, KiB and so on up to T are powers of 1024, KB,
+    MB, GB and TB powers of 1000. A number alone is refused: it could be meant in anything."""
+
+    flag: str
+    low: int = 2**20
+    high: int = 2**50
+
+    def check(self, value: int) -> None:
+        if not self.low <= value <= self.high:
+            limits = f"{self.low} to {self.high} bytes"
+            raise UsageError(f"{self.flag}: {value} bytes are out of range ({limits})")
+
+    def parse(self, text: str) -> int:
+        found = re.fullmatch(r"(\d+\.?\d*|\.\d+)([KMGT])(I?B?)", text.upper(), re.ASCII)
+        if found is None or len(text) > 40:
+            raise UsageError(
+                f"{self.flag}: {text!r} is not a size (a number and a unit: 64GiB, 512MiB, 16G)"
+            )
+        number, unit, rest = found.groups()
+        value = int(Decimal(number) * (1000 if rest == "B" else 1024) ** _UNITS[unit])
+        self.check(value)
+        return value
 
 
 class Rule(Protocol):

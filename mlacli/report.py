@@ -7,18 +7,18 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 
 from codegen.formats import BlockFormat
 from mlacli.context import ContextPlan, PlannedGraph, plan_context
 from mlacli.engine import Model, load_model
-from mlacli.fit import context_size, planned_need, wanted_context
+from mlacli.fit import context_size, planned_memory, planned_need, wanted_context
 from mlacli.free_memory import available_bytes
 from mlacli.gguf.problem import printable
 from mlacli.graph.lower import scratch_bytes
 from mlacli.graph.node import Dim
 from mlacli.machine import kept_profile, this_target
-from mlacli.report_format import buffer_lines, cache_names, format_report, repack_notes
+from mlacli.report_format import buffer_lines, cache_names, repack_notes
 from mlacli.report_work import CostModel, Switching, Work, switching, work_of
 from mlacli.settings import RunSettings
 
@@ -29,7 +29,7 @@ __all__ = [
     "make_report",
     "repack_notes",
     "report_json",
-    "report_text",
+    "report_of",
 ]
 
 FITS, PAGES, TOO_LARGE = "fits", "weights will page from disk", "does not fit"
@@ -56,6 +56,22 @@ class ModelFacts:
     n_ctx_train: int
     file_bytes: int
     tensor_types: dict[str, TensorType]
+
+
+@dataclass(frozen=True)
+class Flags:
+    """What else memory depends on; `n_ubatch` may be more than the context."""
+
+    n_batch: int
+    n_ubatch: int
+    n_threads: int
+    n_threads_batch: int
+    type_k: str
+    type_v: str
+    amb_mib: int
+    rtr: bool
+    mlock: bool
+    mmap: bool
 
 
 @dataclass(frozen=True)
@@ -117,6 +133,7 @@ class Report:
     mla: int
     flash_attn: bool
     n_ctx: int
+    flags: Flags
     cache: CacheFacts
     compute_bytes: int
     output_bytes: int
@@ -130,24 +147,23 @@ class Report:
     notes: tuple[str, ...]
 
 
-def report_text(settings: RunSettings) -> str:
-    """The report for people (and for scripts that look for buffer lines). Raises MlaError."""
-    return format_report(make_report(settings))
-
-
-def report_json(settings: RunSettings) -> str:
-    """The same numbers as JSON. Raises MlaError."""
-    return json.dumps(asdict(make_report(settings)), indent=2) + "\n"
+def report_json(report: Report) -> str:
+    """All of it as JSON."""
+    return json.dumps(asdict(report), indent=2) + "\n"
 
 
 def make_report(settings: RunSettings, available: int | None = None) -> Report:
+    """`report_of` for the settings' model file and, unless told, the memory that there is now."""
+    available = available_bytes() if available is None else available
+    return report_of(load_model(settings.model), settings, available)
+
+
+def report_of(model: Model, settings: RunSettings, available: int) -> Report:
     """Plan a context as `run` would and say what it takes; one that does not fit is planned, too.
 
     Raises ModelError for a file that cannot run, UsageError for a flag that cannot work with it.
     """
-    model = load_model(settings.model)
     config, target = model.config, this_target()
-    available = available_bytes() if available is None else available
     notes = list(model.notes)
 
     def note(line: str) -> None:
@@ -162,6 +178,7 @@ def make_report(settings: RunSettings, available: int | None = None) -> Report:
         mla=settings.mla,
         flash_attn=settings.flash_attn,
         n_ctx=plan.n_ctx,
+        flags=Flags(**{f.name: getattr(settings, f.name) for f in fields(Flags)}),
         cache=_cache_facts(plan, settings),
         compute_bytes=plan.arena_bytes,
         output_bytes=plan.output_bytes,
@@ -245,11 +262,6 @@ def _derived(plan: ContextPlan) -> tuple[DerivedWeights, ...]:
 def _memory_facts(
     model: Model, plan: ContextPlan, settings: RunSettings, available: int
 ) -> MemoryFacts:
-    """With --no-mmap or --mlock the weights must be had, too; what -rtr copies is read once."""
-    needed, weights = planned_need(plan).total, model.file.size_bytes
-    if settings.mmap:
-        weights -= sum(matrix.nbytes for matrix in plan.derived() if matrix.is_copy)
-    if settings.mlock or not settings.mmap:
-        needed, weights = needed + weights, 0
+    needed, weights = planned_memory(plan, settings, model.file.size_bytes)
     verdict = TOO_LARGE if needed > available else PAGES if needed + weights > available else FITS
     return MemoryFacts(needed, model.file.size_bytes, available, verdict)

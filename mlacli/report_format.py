@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING
 
 from codegen.formats import CACHE_FORMATS, transposed_type
 from mlacli.context import ContextPlan
-from mlacli.fit import size_text
-from mlacli.memory import MIB
 from mlacli.settings import RunSettings
+from mlacli.units import MIB, count_text, size_text
 
 if TYPE_CHECKING:
     from mlacli.report import Report
@@ -106,11 +105,6 @@ def _kib(n: int) -> str:
     return f"{n / 1024:10.2f} KiB"
 
 
-def _count(n: int) -> str:
-    """Billions or millions, as llama-bench writes parameters."""
-    return f"{n / 1e9:.2f} B" if n >= 1e9 else f"{n / 1e6:.2f} M"
-
-
 def _model(report: Report) -> list[str]:
     m = report.model
     types = ", ".join(
@@ -120,7 +114,7 @@ def _model(report: Report) -> list[str]:
         _row("model", f"{m.name} ({m.file})"),
         _row(
             "",
-            f"{m.arch}, {m.file_type}, {m.n_layer} layers, {_count(m.n_params)} parameters, "
+            f"{m.arch}, {m.file_type}, {m.n_layer} layers, {count_text(m.n_params)} parameters, "
             f"{size_text(m.file_bytes)}",
         ),
         _row("", f"trained on {m.n_ctx_train} tokens"),
@@ -168,13 +162,13 @@ def _work(report: Report) -> list[str]:
         "  " + ", ".join(f"{path} {n:.0f}" for path, n in w.per_row.items())
         + f" (for batches of {w.n_batch})",
         f"Multiply-adds per token, {report.n_ctx} rows cached (weights alone "
-        f"{_count(w.weights_per_token)}, logits {_count(w.logits_per_token)} more):",
+        f"{count_text(w.weights_per_token)}, logits {count_text(w.logits_per_token)} more):",
     ]  # fmt: skip
     for mode in w.modes:
         mark = "*" if mode.mla == report.mla else " "
         lines.append(
-            f"{mark} -mla {mode.mla}   prompt {_count(mode.prompt_per_token):>9} "
-            f"({mode.prompt_path}), generation {_count(mode.generation_per_token):>9} "
+            f"{mark} -mla {mode.mla}   prompt {count_text(mode.prompt_per_token):>9} "
+            f"({mode.prompt_path}), generation {count_text(mode.generation_per_token):>9} "
             f"({mode.generation_path})"
         )
     return [*lines, f"Path: {_path(report)}"]

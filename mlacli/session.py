@@ -13,7 +13,6 @@ from codegen.pool import Pool
 from mlacli.answer import Answer, Output, prompt_lines, result_of
 from mlacli.engine import Cancelled, Engine, Logits, Model, load_model
 from mlacli.errors import UsageError
-from mlacli.fit import GIB, size_text
 from mlacli.generation import Generator, Timings, common_length
 from mlacli.machine import machine_profile, make_jit, measure_peaks
 from mlacli.memory import huge_bytes, lock
@@ -31,6 +30,7 @@ from mlacli.text.sampling import Sampler
 from mlacli.text.templates import FALLBACK, NAMED
 from mlacli.text.tokenizer import Piece, Tokenizer
 from mlacli.text.vocabulary import tokenizer_data
+from mlacli.units import GIB, size_text
 
 UNTIL_FULL = -2
 Messages = Sequence[Mapping[str, Any]]

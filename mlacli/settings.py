@@ -72,6 +72,7 @@ class RunSettings:
     thp: bool = field(default=False, metadata=ruled(Switch("-thp")))
     mlock: bool = field(default=False, metadata=ruled(Switch("--mlock")))
     mmap: bool = field(default=True, metadata=ruled(Switch("--mmap")))
+    fit: bool = field(default=True, metadata=ruled(Switch("-fit")))  # without -c: what fits
     verbose: bool = False
     # Where threads run and how they wait. A mask has bit i for CPU i, a range is a mask as well;
     # what is None for prompts (_batch) is as it is for generation.

@@ -20,7 +20,8 @@ LEVELS = (
         *("mlacli.engine", "mlacli.context", "mlacli.machine", "mlacli.calibrate"),
         *("mlacli.roofline", "mlacli.fit"),
         *("mlacli.work", "mlacli.profile", "mlacli.profile_table", "mlacli.results"),
-        *("mlacli.report", "mlacli.report_format", "mlacli.report_work"),
+        *("mlacli.report", "mlacli.report_format", "mlacli.report_work", "mlacli.report_grid"),
+        *("mlacli.report_picture", "mlacli.fit_flags", "mlacli.info", "mlacli.info_format"),
         *("mlacli.checks_cpu", "mlacli.checks_memory"),
     ),
     ("mlacli.model",),
@@ -31,6 +32,7 @@ LEVELS = (
         *("mlacli.debug", "mlacli.errors", "mlacli.memory", "mlacli.free_memory"),
         *("mlacli.sampling_settings", "mlacli.files", "mlacli.pictures", "mlacli.hub"),
         *("mlacli.numa", "mlacli.placement", "mlacli.findings", "mlacli.progress"),
+        *("mlacli.units",),
     ),
     ("codegen",),
 )

@@ -27,6 +27,8 @@ COMMANDS = {
     "sweep": "Measure the speed behind more and more tokens.",
     "compare": "Put two results of bench or sweep side by side.",
     "report": "Show what a model needs: cache, buffers, work per token.",
+    "info": "Show what is in a model file.",
+    "tokenize": "Show the tokens of a text.",
     "doctor": "Look at what this machine offers, and what to do about it.",
 }
 _COMPLETION = ("--install-completion", "--show-completion")

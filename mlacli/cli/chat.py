@@ -31,6 +31,10 @@ def chat(**values: Any) -> int:
     request = read_request(values, raw=False, talks=True)
     for line in notes(settings, request):
         console.note(f"note: {line}")
+    if values["dry_run"]:
+        from mlacli.cli.report import dry_run
+
+        return dry_run(settings)
 
     from mlacli.cli.talk import talk
 

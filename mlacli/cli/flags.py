@@ -6,8 +6,8 @@ Names are llama.cpp's and ik_llama.cpp's. Limits and defaults are those of the s
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
-from dataclasses import MISSING, Field, fields, replace
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import MISSING, Field, fields
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +83,12 @@ _TEXT: dict[str, tuple[str, str, str, str]] = {
     "thp": (MODEL, "-thp --transparent-huge-pages", "", "Huge pages where the system has them."),
     "mlock": (MODEL, "--mlock", "", "Keep the weights from being paged out."),
     "mmap": (MODEL, "--mmap/--no-mmap", "", "Map the file, or read it into memory."),
+    "fit": (
+        MODEL,
+        "-fit --fit",
+        "[on|off]",
+        "Without -c, take less context if memory is short; off: refuse to run then.",
+    ),
     "verbose": (MODEL, "-v --verbose", "", "Say more about what is chosen and why."),
     "mla": (
         ATTENTION,
@@ -310,9 +316,36 @@ def given(owner: type[Any], values: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
+def words_of(settings: RunSettings, names: Collection[str]) -> list[str]:
+    """The flags that give these fields of settings, as they are typed."""
+    words = []
+    for name in (field.name for field in fields(RunSettings) if field.name in names):
+        _, flags, placeholder, _ = _TEXT[name]
+        value, flag = getattr(settings, name), flags.split()[0]
+        if placeholder:
+            words += [flag, _typed(value)]
+        elif value or "/" in flag:
+            words.append(flag.partition("/")[0 if value else 2])
+    return words
+
+
+def _typed(value: object) -> str:
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    if isinstance(value, tuple):
+        return ",".join(f"{part:g}" for part in value)
+    return "-1,0" if value is None else str(value)  # None: -ser, switched off
+
+
 def run_settings(values: Mapping[str, Any]) -> RunSettings:
-    """What the flags of RunSettings say; those of the log take effect, and a model of the hub is
-    fetched. Raises UsageError, SpaceError, and ModelError where there is no such model."""
+    """What the flags of RunSettings say, as `given_settings` does."""
+    return fitted(**given_settings(values))
+
+
+def given_settings(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of RunSettings that the flags give; those of the log take effect, and a model of
+    the hub is fetched. Raises UsageError, SpaceError, and ModelError where there is no such model.
+    """
     log = LogSettings(**given(LogSettings, values))
     console.start(log)
     found, hub = given(RunSettings, values), given(HubFile, values)
@@ -322,11 +355,9 @@ def run_settings(values: Mapping[str, Any]) -> RunSettings:
         found["model"] = Path(found["model"])
         if "hf_repo" in hub:
             raise UsageError("-m and -hf: give one of them, not both")
-    settings = fitted(**found)
     if "hf_repo" in hub:
-        settings = replace(
-            settings, model=fetch(HubFile(**hub), console.note, bars=console.shows_bars())
-        )
+        fitted(**found)  # what cannot work is said before anything is fetched
+        found["model"] = fetch(HubFile(**hub), console.note, bars=console.shows_bars())
     elif hub:
         raise UsageError(f"{names_of(next(iter(hub)))[0]}: needs -hf USER/REPO")
-    return settings
+    return found

@@ -49,6 +49,9 @@ _ESCAPE = flag(
     r"Read \n, \t, \r, \", \', \\ and \x41 in -p, -sys and the like, or take them as typed.",
     "on",
 )
+_DRY_RUN = flag(
+    "-dr --dry-run", OTHER, "", "Only report the memory that this takes; exit code 5: too much."
+)
 _PROFILE = flag("--profile", OTHER, "", PROFILE_HELP)
 # kind of grammar: its two flags
 _GRAMMARS = {
@@ -61,6 +64,7 @@ REQUEST_FLAGS = [
     parameter("escape", _ESCAPE, bool, True),
     *flags_of(Request, SamplingSettings, RunSettings),
     parameter("profile", _PROFILE, bool, False),
+    parameter("dry_run", _DRY_RUN, bool, False),
 ]
 
 
@@ -85,7 +89,7 @@ def read_request(
     if "prompt_cache" in wanted:
         wanted["prompt_cache"] = Path(wanted["prompt_cache"])
     text = _text(values, "prompt", ("-p", "-f"), escape, "file")
-    if text is None and not talks:
+    if text is None and not talks and not values["dry_run"]:
         text = _from_stdin()
     source = _text(values, "template", ("--chat-template", "--chat-template-file"), False)
     if source is not None and values["template"] is not None:
@@ -95,7 +99,7 @@ def read_request(
     wanted |= {
         "prompt": text or "",
         "raw": raw,
-        "talks": talks,
+        "talks": talks or values["dry_run"],
         "output": output,
         "json_tokens": json_tokens,
         "system": _text(values, "system", ("-sys", "-sysf"), escape) or "",
@@ -147,11 +151,12 @@ def _text(
     return read_text(Path(file), f"{flags[1]}: {file}")
 
 
-def read_text(path: Path, name: str) -> str:
-    """A file's text without its last newline. Raises UsageError, which begins with `name`."""
+def read_text(path: Path, name: str, *, whole: bool = False) -> str:
+    """A file's text, without its last newline unless `whole`. Raises UsageError, which begins with
+    `name`."""
     try:
         with path.open("rb") as stream:
-            return _decoded(stream.read(MAX_PROMPT_BYTES + 1), name)
+            return _decoded(stream.read(MAX_PROMPT_BYTES + 1), name, whole)
     except OSError as problem:
         raise UsageError(f"{name}: {problem.strerror}") from problem
 
@@ -159,14 +164,21 @@ def read_text(path: Path, name: str) -> str:
 def _from_stdin() -> str:
     if sys.stdin is None or sys.stdin.isatty():
         raise UsageError("no prompt: give -p TEXT, -f FILE or standard input")
-    return _decoded(sys.stdin.buffer.read(MAX_PROMPT_BYTES + 1), "standard input")
+    return read_stdin()
 
 
-def _decoded(data: bytes, name: str) -> str:
-    """Text of a file, which loses one newline at its end."""
+def read_stdin(*, whole: bool = False) -> str:
+    """The text of standard input, which may be typed. Raises UsageError."""
+    if sys.stdin is None:
+        raise UsageError("standard input: is closed")
+    return _decoded(sys.stdin.buffer.read(MAX_PROMPT_BYTES + 1), "standard input", whole)
+
+
+def _decoded(data: bytes, name: str, whole: bool) -> str:
+    """Text of a file, which loses one newline at its end unless it is to be `whole`."""
     if len(data) > MAX_PROMPT_BYTES:
         raise UsageError(f"{name}: is longer than {MAX_PROMPT_BYTES >> 20} MiB")
-    return data.removesuffix(b"\n").decode("utf-8", "surrogateescape")
+    return (data if whole else data.removesuffix(b"\n")).decode("utf-8", "surrogateescape")
 
 
 def unescaped(text: str) -> str:

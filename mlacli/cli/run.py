@@ -67,6 +67,10 @@ def run(
     )
     for line in notes(settings, request):
         console.note(f"note: {line}")
+    if values["dry_run"]:
+        from mlacli.cli.report import dry_run
+
+        return dry_run(settings)
     if talks:
         from mlacli.cli.talk import talk
 

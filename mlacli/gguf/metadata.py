@@ -151,6 +151,19 @@ class Metadata(Mapping[str, Any]):
             ) from None
         return strings
 
+    def head(self, key: str, n: int) -> list[Any]:
+        """The first n elements of an array, at no cost for the others; bytes of strings that are no
+        UTF-8 come as surrogate escapes."""
+        array = self._array(key)
+        if array.element_type != STRING:
+            return list(self.numbers(key)[:n].tolist())
+        found, at = [], array.start
+        for _ in range(min(n, array.count)):
+            start = at + 8
+            at = start + _LENGTH.unpack_from(self._buffer, at)[0]
+            found.append(bytes(self._buffer[start:at]).decode("utf-8", "surrogateescape"))
+        return found
+
     def numbers(self, key: str) -> Numbers:
         """A numeric or bool array as a read-only numpy view of the file."""
         array = self._array(key)

@@ -60,6 +60,12 @@ def test_the_default_is_what_fits(v2_lite: Model) -> None:
         size(v2_lite, 256 * ROW + output - 1)
 
 
+def test_with_fit_off_the_default_is_not_lowered(v2_lite: Model) -> None:
+    assert size(v2_lite, fit=False) == (4096, [])
+    with pytest.raises(SpaceError, match=r"^-c 4096: needs 121\.50 MiB for the cache"):
+        size(v2_lite, 1280 * ROW, fit=False)
+
+
 def test_zero_is_all_that_was_trained(v2_lite: Model) -> None:
     assert size(v2_lite, n_ctx=0) == (163840, [])
     with pytest.raises(SpaceError, match=r"^-c 163840: needs 4\.75 GiB"):

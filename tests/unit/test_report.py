@@ -19,7 +19,8 @@ from mlacli.errors import ModelError
 from mlacli.gguf.reader import GGUFFile
 from mlacli.memory import MIB
 from mlacli.model.choose import MachineProfile
-from mlacli.report import Report, make_report, report_json, report_text
+from mlacli.report import Report, make_report, report_json
+from mlacli.report_format import format_report
 from mlacli.settings import RunSettings
 from tests.conftest import TinyModel
 
@@ -232,7 +233,8 @@ def test_the_default_context_is_what_fits(v2_lite: Model) -> None:
 
 def test_json_holds_the_same_numbers(v2_lite: Model) -> None:
     settings = RunSettings(model=v2_lite.file.path, n_ctx=65536, type_k="q8_KV", mla=1)
-    found, report = json.loads(report_json(settings)), make_report(settings)
+    report = make_report(settings)
+    found = json.loads(report_json(report))
     assert found["n_ctx"] == 65536
     assert found["cache"]["nbytes"] == report.cache.nbytes == 27 * 65536 * 584
     assert found["cache"]["kinds"]["c^KV (q8_KV)"]["bytes_per_token"] == 27 * 584
@@ -244,8 +246,9 @@ def test_json_holds_the_same_numbers(v2_lite: Model) -> None:
 
 def test_text_holds_the_lines_that_scripts_look_for(v2_lite: Model) -> None:
     settings = RunSettings(model=v2_lite.file.path, n_ctx=65536, mla=1)
-    text = report_text(settings)
-    assert "\n".join(make_report(settings).buffer_lines) in text
+    report = make_report(settings)
+    text = format_report(report)
+    assert "\n".join(report.buffer_lines) in text
     assert text.endswith("\n") and "\n\n\n" not in text
 
 
@@ -260,7 +263,7 @@ def test_no_weight_is_read_and_nothing_compiled(
     monkeypatch.setattr("codegen.jit.Jit.__init__", touched)
     monkeypatch.setattr("codegen.kernel.KernelSpec.build", touched)
     for mla in range(4):
-        assert report_text(RunSettings(model=v2_lite.file.path, mla=mla))
+        assert format_report(make_report(RunSettings(model=v2_lite.file.path, mla=mla)))
 
 
 def test_a_type_that_kernels_cannot_read(tiny_model: TinyModel, tmp_path: Path) -> None:
@@ -275,7 +278,7 @@ def test_a_type_that_kernels_cannot_read(tiny_model: TinyModel, tmp_path: Path) 
     os.truncate(path, source.stat().st_size)
     line = r"blk\.0\.attn_output\.weight: this tensor type is not supported \(got Q5_0"
     with pytest.raises(ModelError, match=line):
-        report_text(RunSettings(model=path))
+        make_report(RunSettings(model=path))
 
 
 def test_a_v3_sized_file_takes_less_than_0_7_s(v3: Model, tmp_path: Path) -> None:

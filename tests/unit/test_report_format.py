@@ -11,6 +11,7 @@ from mlacli.report import (
     CacheFacts,
     CacheKind,
     DerivedWeights,
+    Flags,
     GraphFacts,
     MemoryFacts,
     ModelFacts,
@@ -35,6 +36,7 @@ REPORT = Report(
     mla=1,
     flash_attn=False,
     n_ctx=65536,
+    flags=Flags(2048, 512, 8, 8, "q8_KV", "f16", 0, False, False, True),
     cache=CacheFacts(
         kinds={
             "c^KV (q8_KV)": CacheKind(1033371648, 15768),

@@ -11,7 +11,8 @@ from codegen.formats import interleave
 from mlacli.engine import Cancelled, load_model
 from mlacli.fit import planned_need
 from mlacli.graph.matrix import Matrix
-from mlacli.report import Report, make_report, report_text
+from mlacli.report import Report, make_report
+from mlacli.report_format import format_report
 from mlacli.session import progress_lines
 from mlacli.settings import RunSettings, notes
 from tests.conftest import TinyModel
@@ -168,12 +169,12 @@ def test_copies_count_as_memory_and_their_originals_do_not_page(tiny_model: Tiny
 
 def test_report_text_marks_the_copies(tiny_model: TinyModel) -> None:
     path = tiny_model("v2-lite", "IQ4_NL", sparse=True)
-    lines = report_text(RunSettings(model=path, rtr=True)).splitlines()
+    lines = format_report(make_report(RunSettings(model=path, rtr=True))).splitlines()
     (down,) = (line for line in lines if line.startswith("  ffn_down_exps.weight"))
     assert (
         down.split() == f"ffn_down_exps.weight 2574.00 MiB 26 x IQ4_NL_R{LANES}, -rtr copy".split()
     )
-    assert not any("-rtr" in line for line in report_text(RunSettings(model=path)).splitlines())
+    assert "-rtr" not in format_report(make_report(RunSettings(model=path)))
 
 
 def test_a_flag_without_effect_says_so(tiny_model: TinyModel) -> None:
