@@ -18,7 +18,8 @@ import pytest
 from mlacli import __version__
 from mlacli.__main__ import main
 from mlacli.bench import BenchCase, BenchResult, BenchRow, Grid, ModelFacts, cases, run_cases
-from mlacli.bench_table import WRITERS, markdown
+from mlacli.bench_records import WRITERS
+from mlacli.bench_table import markdown
 from mlacli.errors import ModelError, SpaceError, UsageError
 from mlacli.settings import RunSettings
 
@@ -207,7 +208,7 @@ def test_json_and_json_lines() -> None:
 def test_csv() -> None:
     text = WRITERS["csv"](_rows())
     first, failed = (list(csv.DictReader(io.StringIO(text)))[i] for i in (0, 3))
-    assert text.splitlines()[1].startswith(f'"{__version__}","0","a CPU","CPU","a.gguf"')
+    assert text.splitlines()[1].startswith(f'"{__version__}","0","a CPU","","CPU","a.gguf"')
     assert (first["flash_attn"], first["test"], first["n_threads"]) == ("1", "pp512", "16")
     assert (failed["avg_ts"], failed["error"]) == ("", "needs 'much'")
     assert "samples_ns" not in first
@@ -234,10 +235,10 @@ def _bench(monkeypatch: pytest.MonkeyPatch, broken: Callable[[BenchCase], bool])
         notes = ("the object cache is cold",)
 
         def __init__(
-            self, cases: Sequence[BenchCase], *, repetitions: int, warmup: bool, **flags: bool
+            self, cases: Sequence[BenchCase], *, repetitions: int, warmup: bool, **flags: Any
         ) -> None:
             self.cases, self.samples = cases, (10**9,) * repetitions
-            assert warmup and flags.keys() == {"roof", "profile", "verbose"}
+            assert warmup and flags.keys() == {"roof", "profile", "verbose", "delay"}
 
         def __call__(self, case: BenchCase) -> BenchResult:
             if broken(case):

@@ -68,7 +68,7 @@ def test_compare(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
 def test_what_differs_within_a_file_names_its_rows(tmp_path: Path) -> None:
     rows = [row(0, 8, 4, type_k="f16", n_depth=64), row(0, 8, 5, type_k="q8_0", n_depth=64)]
     names = [one.test for one in compare(rows, rows)]
-    assert names == ["tg8 @ d64 type_k=f16", "tg8 @ d64 type_k=q8_0"]
+    assert names == ["tg8 @ d64 -ctk f16", "tg8 @ d64 -ctk q8_0"]
     assert name_of_test(row(4, 8, 1.0)) == "pp4+tg8"
 
 
