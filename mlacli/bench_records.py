@@ -19,7 +19,8 @@ SQL_TABLE = "llama_bench"  # the name that llama.cpp's own comparison script loo
 def record(row: BenchRow) -> dict[str, Any]:
     """A row with llama-bench's keys (those of ik_llama.cpp for its own flags), then our own.
 
-    What the peers tell of GPUs is there as well: their scripts ask for it by name.
+    What llama.cpp tells of GPUs and the like is there as well: its own rows then fit into the same
+    SQL table, and its comparison script finds the columns that it asks for.
     """
     settings, result = row.case.settings, row.result
     return {
@@ -54,8 +55,10 @@ def record(row: BenchRow) -> dict[str, Any]:
         "tensor_buft_overrides": "none",
         "use_mmap": settings.mmap,
         "load_mode": load_mode(settings),
+        "lazy_mode": "off",
         "embeddings": False,
         "no_op_offload": 0,
+        "no_host": False,
         "repack": settings.rtr,
         "use_thp": settings.thp,
         "fused_moe": settings.fmoe,

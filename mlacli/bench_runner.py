@@ -62,17 +62,15 @@ class EngineRunner:
     def _measure(self, engine: Engine, case: BenchCase) -> BenchResult:
         what = _timed_part(case)
         if self.warmup:
+            self._fill(engine, case, "warmup depth run")
             self.progress(f"warmup {what} run")
-            self._fill(engine, case)
             self._once(engine, case)
         roof = self._roof(case) if self.roof or self.profile else None
         found = [roof.measure()] if roof else []
         profiles = Profiles() if self.profile else None
         samples, faults = [], 0
         for number in range(1, self.repetitions + 1):
-            if case.n_depth + case.n_fill > engine.cache.n_used:
-                self.progress(f"depth run {number}/{self.repetitions}")
-            self._fill(engine, case)
+            self._fill(engine, case, f"depth run {number}/{self.repetitions}")
             self.progress(f"{what} run {number}/{self.repetitions}")
             faults -= _major_faults()
             samples.append(self._once(engine, case, profiles))
@@ -107,13 +105,15 @@ class EngineRunner:
         engine.profile = None
         return between - start, time.perf_counter_ns() - between
 
-    def _fill(self, engine: Engine, case: BenchCase) -> None:
-        """Exactly n_depth + n_fill tokens in the cache, keeping what is already there."""
+    def _fill(self, engine: Engine, case: BenchCase, name: str) -> None:
+        """Exactly n_depth + n_fill tokens in the cache, keeping what is already there; `name` is
+        told where there is something to do."""
         at = case.n_depth + case.n_fill
         if engine.cache.n_used > at:
             engine.cache.truncate(0, at)
         have = engine.cache.n_used
         if have < at:
+            self.progress(name)
             engine.eval(random_tokens(engine, at - have), range(have, at))
 
     def _engine_for(self, settings: RunSettings) -> Engine:

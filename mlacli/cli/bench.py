@@ -79,7 +79,9 @@ def bench(
     """Measure prompt processing and generation for every combination of the values given."""
     cases = benching.cases(grid_of(values))
     n, warm, rest = _REPETITIONS.parse(repetitions), _WARMUP.parse(warmup), _DELAY.parse(delay)
-    writers = _writers(output, output_err, db, roof, _pivot(pivot, output, cases))
+    format_name = output or ("sql" if db else "md")
+    side_by_side = _pivot(pivot, format_name, roof, cases)
+    writers = _writers(format_name, output_err, db, roof, side_by_side)
     plots = plots_of(plot, plot_with)
     plots.plan([record(benching.BenchRow(case)) for case in cases])
     for line in toggle_notes(values):
@@ -130,14 +132,12 @@ Writer = Callable[[Sequence[benching.BenchRow]], str]
 
 
 def _writers(
-    output: str | None, output_err: str | None, db: str | None, roof: bool, pivot: Pivot | None
+    format_name: str, output_err: str | None, db: str | None, roof: bool, pivot: Pivot | None
 ) -> tuple[Writer | None, Writer | None]:
     """What makes the text for stdout and for stderr. Raises UsageError."""
-    name = Choice("-o", _FORMATS).parse(output or ("sql" if db else "md"))
+    name = Choice("-o", _FORMATS).parse(format_name)
     if db and name != "sql":
-        raise UsageError(
-            f"--db: goes with -o sql, not with -o {name} (-oe {name} shows it as well)"
-        )
+        raise UsageError(f"--db: goes with -o sql, not -o {name} (-oe {name} shows it as well)")
 
     def writer(flag_name: str, format_name: str) -> Writer:
         make = WRITERS[Choice(flag_name, _FORMATS).parse(format_name)]
@@ -149,13 +149,15 @@ def _writers(
 
 
 def _pivot(
-    word: str | None, output: str | None, cases: Sequence[benching.BenchCase]
+    word: str | None, format_name: str, roof: bool, cases: Sequence[benching.BenchCase]
 ) -> Pivot | None:
     """Raises UsageError."""
     if word is None:
         return None
-    if output not in (None, "md"):
-        raise UsageError(f"--pivot: makes a table for people (-o md), not -o {output}")
+    if format_name != "md":
+        raise UsageError(f"--pivot: makes a table for people (-o md), not -o {format_name}")
+    if roof:
+        raise UsageError("--pivot and --roof: give one of them, not both")
     return pivot_of(Choice("--pivot", tuple(PIVOTS)).parse(word), cases)
 
 

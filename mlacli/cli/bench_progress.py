@@ -48,11 +48,14 @@ class BenchProgress:
         self.run("starting")
 
     def run(self, what: str) -> None:
-        """A part of the test begins: `warmup prompt run`, `depth run 1/5`, `prompt run 1/5`."""
+        """A part of the test begins: `warmup prompt run`, `depth run 1/5`, `prompt run 1/5`.
+
+        What fills the cache counts as a part of the run that it is for.
+        """
         if self._lines:
             self.line(f"mlacli bench: benchmark {self._number}/{self._n_tests}: {what}")
         self._show(what)
-        if what != "starting" and not what.startswith("depth"):
+        if what != "starting" and "depth" not in what:
             self._done += 1
 
     def line(self, text: str) -> None:

@@ -44,7 +44,7 @@ class Plots:
 
     places: Sequence[str]
     others: dict[str, Any] = field(default_factory=dict)  # name -> rows
-    x: str = ""
+    x: str = "depth"
 
     def plan(self, rows: Sequence[Any]) -> None:
         """Choose what goes along, from rows as they will be. Raises UsageError."""
