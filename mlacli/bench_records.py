@@ -84,7 +84,8 @@ def _rounded(rate: float) -> float:
     return round(rate, 6)
 
 
-def _with_samples(row: BenchRow) -> dict[str, Any]:
+def with_samples(row: BenchRow) -> dict[str, Any]:
+    """The same, and what each repetition took."""
     samples = list(row.result.samples_ns) if row.result else []
     rates = [_rounded(rate) for rate in row.samples_ts]
     return record(row) | {"samples_ns": samples, "samples_ts": rates}
@@ -92,12 +93,12 @@ def _with_samples(row: BenchRow) -> dict[str, Any]:
 
 def as_json(rows: Sequence[BenchRow], roof: bool = False) -> str:
     """An array of objects."""
-    return json.dumps([_with_samples(row) for row in rows], indent=2, allow_nan=False) + "\n"
+    return json.dumps([with_samples(row) for row in rows], indent=2, allow_nan=False) + "\n"
 
 
 def json_lines(rows: Sequence[BenchRow], roof: bool = False) -> str:
     """One object per line."""
-    return "".join(json.dumps(_with_samples(row), allow_nan=False) + "\n" for row in rows)
+    return "".join(json.dumps(with_samples(row), allow_nan=False) + "\n" for row in rows)
 
 
 def comma_separated(rows: Sequence[BenchRow], roof: bool = False) -> str:
@@ -113,9 +114,14 @@ def comma_separated(rows: Sequence[BenchRow], roof: bool = False) -> str:
 
 
 def _flat(value: object) -> object:
-    """Booleans as 0 and 1, as llama-bench writes them; nothing measured as an empty field."""
+    """As llama-bench writes it: booleans as 0 and 1, rates with six digits behind the point.
+
+    What was not measured is an empty field.
+    """
     if isinstance(value, bool):
         return int(value)
+    if isinstance(value, float):
+        return f"{value:.6f}"
     return "" if value is None else value
 
 

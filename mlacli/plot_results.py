@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ from typing import Any
 
 from mlacli.errors import UsageError
 from mlacli.pictures import new_figure, save_figure
-from mlacli.results import AXES, Row, named_axes, varied_axes
+from mlacli.results import AXES, Row, middle, named_axes, samples_of, varied_axes
 
 # What may go along the picture, the likeliest first, and how it is told.
 X_LABELS = {
@@ -84,7 +83,7 @@ def what_varies(files: Iterable[Iterable[Row]]) -> str | None:
 
 
 def lines_of(name: str, rows: Sequence[Row], x: str) -> list[Line]:
-    """A line per configuration of these rows, which are of one kind; equal x become their median.
+    """A line per configuration of these rows, all of one kind, through the medians of samples.
 
     Lines are named by what differs among the rows, besides what goes along.
     """
@@ -97,9 +96,9 @@ def lines_of(name: str, rows: Sequence[Row], x: str) -> list[Line]:
     found: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
     for row in rows:
         parts = [name, *named_axes(row, axes), *(f"{short[t]}{place(row, t)}" for t in tests)]
-        found[" ".join(filter(None, parts))][place(row, x)].append(float(row["avg_ts"]))
+        found[" ".join(filter(None, parts))][place(row, x)] += samples_of(row)
     return [
-        Line(line, tuple((at, statistics.median(ts)) for at, ts in sorted(points.items())))
+        Line(line, tuple((at, middle(ts)) for at, ts in sorted(points.items())))
         for line, points in found.items()
     ]
 
@@ -132,6 +131,7 @@ def draw(picture: Picture, path: Path, flag: str) -> None:
             label = line.name or None
             axes.plot(*zip(*line.points, strict=True), marker="o", markersize=3, label=label)
         axes.set(xlabel=X_LABELS[picture.x], ylabel="tokens per second", title=panel.kind)
+        axes.set_xticks(_ticks([x for line in panel.lines for x, _ in line.points], 9))
         axes.set_ylim(bottom=0)
         axes.grid(alpha=0.3)
         if any(line.name for line in panel.lines):
@@ -177,12 +177,7 @@ def _terminal_panel(picture: Picture, panel: Panel, width: int, colours: bool) -
 
 def _scales(figure: Any, points: Sequence[tuple[int, float]], width: int) -> None:
     """Ticks at places that were measured, as far as they can be told apart; rates from 0 on."""
-    places = sorted({x for x, _ in points})
-    room = max((places[-1] - places[0]) * 8 // width, 1)
-    shown = [places[0]]
-    for x in places[1:]:
-        if x - shown[-1] >= room:
-            shown.append(x)
+    shown = _ticks([x for x, _ in points], width // 8)
     figure.ruler("x").ticks(shown, [str(x) for x in shown])
     top = max(y for _, y in points)
     figure.ruler("y").lim(0, 1.05 * top)
@@ -190,6 +185,16 @@ def _scales(figure: Any, points: Sequence[tuple[int, float]], width: int) -> Non
     figure.ruler("y").ticks(
         [top * i / 4 for i in range(5)], [f"{top * i / 4:.{digits}f}" for i in range(5)]
     )
+
+
+def _ticks(places: Sequence[int], most: int) -> list[int]:
+    """Places that were measured, as far as `most` labels can be told apart."""
+    first, *rest = sorted(set(places))
+    shown = [first]
+    for x in rest:
+        if (x - shown[-1]) * most >= rest[-1] - first:
+            shown.append(x)
+    return shown
 
 
 def no_x(flag: str) -> UsageError:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from mlacli import bench as benching
 from mlacli.bench_pivot import PIVOTS, Pivot, pivot_of, pivoted
-from mlacli.bench_records import WRITERS, record
+from mlacli.bench_records import WRITERS, record, with_samples
 from mlacli.cli import console
 from mlacli.cli.bench_flags import grid_of, list_flags
 from mlacli.cli.bench_progress import BenchProgress
@@ -106,7 +106,7 @@ def bench(
             console.note(f"note: {line}")
         if rows:
             _write(rows, writers, database)
-            done = [record(row) for row in rows if row.result]
+            done = [with_samples(row) for row in rows if row.result]
             plots.show(done, ", ".join(dict.fromkeys(one["model_type"] for one in done)))
     return int(any(row.error for row in rows))
 
