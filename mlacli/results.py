@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from mlacli.gguf.problem import printable
 
 Row = Mapping[str, Any]
 # What a row is named by besides its test, where a file has several values of it: the flag, and the
@@ -31,6 +34,8 @@ AXES: dict[str, tuple[str, ...]] = {
     "-thp": ("use_thp", "thp"),
     "-fmoe": ("fused_moe", "fmoe"),
 }
+
+_NUMBERS = ("n_prompt", "n_gen", "n_depth", "n_batch", "n_ubatch", "n_threads")
 
 
 def rows_of(path: Path) -> list[Row]:
@@ -61,9 +66,12 @@ def _rows_in(place: str, row: Any) -> list[Row]:
     try:
         found = swept(row) if "speed_pp" in row else [_behind_prompt(row)]
         for one in found:
-            int(one["n_prompt"]), int(one["n_gen"])
-        return [one for one in found if one["avg_ts"] is not None and float(one["avg_ts"]) > 0]
-    except (ValueError, KeyError, TypeError) as problem:
+            one["n_prompt"], one["n_gen"]
+            for key in _NUMBERS:
+                int(one.get(key) or 0)
+        measured = [one for one in found if one["avg_ts"] is not None]
+        return [one for one in measured if all(0 < x < math.inf for x in samples_of(one))]
+    except (ValueError, KeyError, TypeError, OverflowError) as problem:
         raise ValueError(f"{place}: not a row of a bench ({problem})") from problem
 
 
@@ -134,7 +142,7 @@ def value_of(row: Row, axis: str) -> str:
     found = next((row[key] for key in AXES[axis] if key in row), "")
     if isinstance(found, bool):
         return str(int(found))
-    return Path(str(found)).stem if axis == "-m" else str(found)
+    return printable(Path(str(found)).stem if axis == "-m" else str(found), 80)
 
 
 def named_axes(row: Row, axes: Iterable[str]) -> list[str]:

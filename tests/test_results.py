@@ -121,12 +121,16 @@ def test_rows_of_peers(tmp_path: Path) -> None:
         row(64, 8, 5.0, test="tg8@pp64", mla_attn=3, use_mmap=True),
         row(64, 8, 50.0, test="pp64+tg8", mla_attn=3, use_mmap=True),
         {"n_prompt": 64, "n_gen": 0, "avg_ts": None, "error": "needs 412 GiB"},
+        *(row(64, 0, rate) for rate in (0.0, float("nan"), float("inf"))),
     ]
     (tmp_path / "ik.json").write_text(json.dumps(rows, indent=2))
     found = rows_of(tmp_path / "ik.json")
     assert [name_of_test(one) for one in found] == ["tg8 @ d64", "pp64+tg8"]
     assert rows_of(Path(written(tmp_path / "ik.jsonl", *rows))) == found
-    for text in ("[1]", "[", '["speed_pp"]', '{"n_prompt": "x", "n_gen": 0, "avg_ts": 1}', "null"):
+    depth = '{"n_prompt": 1, "n_gen": 0, "avg_ts": 1, "n_depth": "deep"}'
+    samples = '{"n_prompt": 1, "n_gen": 0, "avg_ts": 1, "samples_ts": ["fast"]}'
+    name = '{"n_prompt": "x", "n_gen": 0, "avg_ts": 1}'
+    for text in ("[1]", "[", '["speed_pp"]', "null", name, depth, samples):
         (tmp_path / "bad").write_text(text)
         with pytest.raises(ValueError, match=r"bad.*not a row of a bench"):
             rows_of(tmp_path / "bad")
