@@ -182,4 +182,5 @@ def _write(
         console.write(out(rows))
     if database is not None:
         database.close()
-        console.note(f"note: {len(rows)} rows appended to {database.path}")
+        what = "1 row" if len(rows) == 1 else f"{len(rows)} rows"
+        console.note(f"note: {what} appended to {database.path}")
