@@ -57,6 +57,11 @@ class BenchCase:
         return self.n_prompt + self.n_gen
 
     @property
+    def n_threads(self) -> int:
+        """Threads of what is timed; of a prompt with generation those of the generation."""
+        return self.settings.n_threads if self.n_gen else self.settings.n_threads_batch
+
+    @property
     def test(self) -> str:
         """llama-bench's name: pp512, tg128, pp512+tg128, tg32@pp512, with ` @ d4096`."""
         prompt, gen = f"pp{self.n_prompt}", f"tg{self.n_gen}"
@@ -142,7 +147,8 @@ class Grid:
     """All values of all flags. A size of 0 leaves that kind of test out."""
 
     models: tuple[Path, ...]
-    axes: Mapping[str, Sequence[Any]] = field(default_factory=dict)  # by name, those of AXES
+    # By name, those of AXES. A value that is a mapping sets several settings together.
+    axes: Mapping[str, Sequence[Any]] = field(default_factory=dict)
     n_prompt: tuple[int, ...] = (512,)
     n_gen: tuple[int, ...] = (128,)
     prompt_gen: tuple[tuple[int, int], ...] = ()  # -pg: one time over both
@@ -164,7 +170,9 @@ def cases(grid: Grid) -> list[BenchCase]:
         raise UsageError(f"{combinations} combinations of flags are too many ({MAX_CASES})")
     found = []
     for model, *values in itertools.product(grid.models, *choices):
-        chosen = dict(zip(names, values, strict=True))
+        chosen: dict[str, Any] = {}
+        for name, value in zip(names, values, strict=True):
+            chosen |= value if isinstance(value, Mapping) else {name: value}
         for depth, test in itertools.product(grid.n_depth, tests):
             found.append(_case(model, chosen, depth, test))
     return found

@@ -5,10 +5,9 @@ from __future__ import annotations
 import math
 import resource
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
-from pathlib import Path
 
 import numpy as np
 
@@ -21,6 +20,7 @@ from mlacli.machine import Peaks, Roof, cpu_name, machine_profile, make_jit, mea
 from mlacli.profile import Profiles
 from mlacli.profile_table import profile_lines
 from mlacli.roofline import row_seconds
+from mlacli.session import memory_notes
 from mlacli.settings import RunSettings
 from mlacli.signals import EXIT_OF_SIGNAL, stop_on_signals
 
@@ -36,19 +36,24 @@ class EngineRunner:
     roof: bool
     verbose: bool = False
     profile: bool = False
+    delay: float = 0.0  # seconds of rest before each test
+    progress: Callable[[str], None] = lambda what: None  # told what comes next, never while timed
     _jit: Jit | None = None
     _pool: Pool | None = None
     _engine: tuple[RunSettings, Engine] | None = None
-    _models: dict[tuple[Path, bool, bool, bool], Model] = field(default_factory=dict)
+    _models: dict[tuple[object, ...], Model] = field(default_factory=dict)
+    _memory: list[str] = field(default_factory=list)
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What the compiler and the threads had to say."""
-        return (*(self._jit.notes if self._jit else ()), *(self._pool.notes if self._pool else ()))
+        """What the compiler and the threads had to say, and what came of -thp and -lm mlock."""
+        jit, pool = self._jit.notes if self._jit else (), self._pool.notes if self._pool else ()
+        return (*self._memory, *jit, *pool)
 
     def __call__(self, case: BenchCase) -> BenchResult:
         """Run a case. Raises MlaError, and Interrupted on Ctrl-C."""
         engine = self._engine_for(case.settings)
+        time.sleep(self.delay)
         with stop_on_signals(engine) as received:
             try:
                 return self._measure(engine, case)
@@ -56,15 +61,18 @@ class EngineRunner:
                 raise Interrupted(EXIT_OF_SIGNAL[received[0]]) from problem
 
     def _measure(self, engine: Engine, case: BenchCase) -> BenchResult:
+        what = _timed_part(case)
         if self.warmup:
-            self._fill(engine, case)
+            self._fill(engine, case, "warmup depth run")
+            self.progress(f"warmup {what} run")
             self._once(engine, case)
         roof = self._roof(case) if self.roof or self.profile else None
         found = [roof.measure()] if roof else []
         profiles = Profiles() if self.profile else None
         samples, faults = [], 0
-        for _ in range(self.repetitions):
-            self._fill(engine, case)
+        for number in range(1, self.repetitions + 1):
+            self._fill(engine, case, f"depth run {number}/{self.repetitions}")
+            self.progress(f"{what} run {number}/{self.repetitions}")
             faults -= _major_faults()
             samples.append(self._once(engine, case, profiles))
             faults += _major_faults()
@@ -98,13 +106,15 @@ class EngineRunner:
         engine.profile = None
         return between - start, time.perf_counter_ns() - between
 
-    def _fill(self, engine: Engine, case: BenchCase) -> None:
-        """Exactly n_depth + n_fill tokens in the cache, keeping what is already there."""
+    def _fill(self, engine: Engine, case: BenchCase, name: str) -> None:
+        """Exactly n_depth + n_fill tokens in the cache, keeping what is already there; `name` is
+        told where there is something to do."""
         at = case.n_depth + case.n_fill
         if engine.cache.n_used > at:
             engine.cache.truncate(0, at)
         have = engine.cache.n_used
         if have < at:
+            self.progress(name)
             engine.eval(random_tokens(engine, at - have), range(have, at))
 
     def _engine_for(self, settings: RunSettings) -> Engine:
@@ -119,7 +129,7 @@ class EngineRunner:
                 self._pool.close()
             self._pool = Pool(self._jit, n_threads)
         # A model keeps its -rtr copies: it is opened anew, without them, when -rtr changes.
-        opened = (settings.model, settings.mmap, settings.thp, settings.rtr)
+        opened = (settings.model, settings.mmap, settings.mlock, settings.thp, settings.rtr)
         if opened not in self._models:
             self._models.clear()
             model = load_model(settings.model, mmap=settings.mmap, huge=settings.thp)
@@ -139,11 +149,14 @@ class EngineRunner:
         assert self._jit is not None and self._pool is not None
         self._pool.follow(settings.policy(batch=True))
         profile = machine_profile(self._jit, self._pool, settings)
-        return Engine(model, settings, self._jit, profile, n_ctx=n_ctx, pool=self._pool)
+        engine = Engine(model, settings, self._jit, profile, n_ctx=n_ctx, pool=self._pool)
+        found = (line.removeprefix("note: ") for line in memory_notes(model, settings))
+        self._memory += (line for line in found if line not in self._memory)
+        return engine
 
     def _roof(self, case: BenchCase) -> Roof:
         assert self._jit is not None and self._pool is not None
-        return Roof(self._jit, self._pool, case.settings.n_threads)
+        return Roof(self._jit, self._pool, case.n_threads)
 
     def _profile(
         self,
@@ -175,6 +188,10 @@ class EngineRunner:
             n_depth=case.n_depth + case.n_fill,
         )
         return case.n_timed / seconds
+
+
+def _timed_part(case: BenchCase) -> str:
+    return " and ".join(["prompt"] * bool(case.n_prompt) + ["generation"] * bool(case.n_gen))
 
 
 def random_tokens(engine: Engine, n: int) -> Sequence[int]:

@@ -1,10 +1,7 @@
-"""Bench rows as text: llama-bench's Markdown table, JSON, JSON lines, CSV and SQL."""
+"""Bench rows as llama-bench's Markdown table."""
 
 from __future__ import annotations
 
-import csv
-import io
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +11,6 @@ from mlacli.bench import BenchRow
 from mlacli.settings import RunSettings
 
 _GIB = 1 << 30
-SQL_TABLE = "llama_bench"  # the name that llama.cpp's own comparison script looks for
 
 
 @dataclass(frozen=True)
@@ -36,10 +32,10 @@ class Column:
 
 
 def _setting(header: str, width: int, field: str) -> Column:
-    return Column(header, width, lambda row: _plain(getattr(row.case.settings, field)), field=field)
+    return Column(header, width, lambda row: plain(getattr(row.case.settings, field)), field=field)
 
 
-def _plain(value: object) -> str:
+def plain(value: object) -> str:
     """A setting as the user would type it."""
     if isinstance(value, bool):
         return str(int(value))
@@ -48,11 +44,18 @@ def _plain(value: object) -> str:
     return "-1,0" if value is None else str(value)
 
 
-def _mask(row: BenchRow) -> str:
-    return f"{row.case.settings.cpu_mask or 0:#x}"
+def cpu_mask(settings: RunSettings) -> str:
+    """llama.cpp's form of -C; no mask is 0x0."""
+    return f"{settings.cpu_mask or 0:#x}"
 
 
-def _name(row: BenchRow) -> str:
+def load_mode(settings: RunSettings) -> str:
+    """llama.cpp's word for how the file is read."""
+    return "+".join(["mmap"] * settings.mmap + ["mlock"] * settings.mlock) or "none"
+
+
+def model_name(row: BenchRow) -> str:
+    """What the file holds, or its name where it could not be loaded."""
     return row.result.model.description if row.result else row.case.settings.model.stem
 
 
@@ -70,7 +73,8 @@ def _params(row: BenchRow) -> str:
     return f"{count / 1e9:.2f} B" if count >= 1e9 else f"{count / 1e6:.2f} M"
 
 
-def _rate(row: BenchRow) -> str:
+def rate(row: BenchRow) -> str:
+    """The mean and the sample deviation; starred where weights were read from disk."""
     if row.result is None:
         return "failed"
     mark = " *" if row.result.major_faults else ""
@@ -82,12 +86,12 @@ def _limit(row: BenchRow) -> str:
 
 
 _COLUMNS = (
-    Column("model", 30, _name, right=False),
+    Column("model", 30, model_name, right=False),
     Column("size", 10, _size),
     Column("params", 10, _params),
     Column("backend", 10, lambda row: "CPU", right=False),
-    Column("threads", 7, lambda row: str(row.case.settings.n_threads)),
-    Column("cpu_mask", 10, _mask, field="cpu_mask", right=False),
+    Column("threads", 7, lambda row: str(row.case.n_threads)),
+    Column("cpu_mask", 10, lambda row: cpu_mask(row.case.settings), field="cpu_mask", right=False),
     _setting("cpu_strict", 10, "cpu_strict"),
     _setting("poll", 10, "poll"),
     _setting("prio", 4, "prio"),
@@ -101,34 +105,50 @@ _COLUMNS = (
     _setting("amb", 5, "amb_mib"),
     _setting("ser", 10, "ser"),
     _setting("mmap", 4, "mmap"),
+    Column("lm", 10, lambda row: load_mode(row.case.settings), field="mlock"),
     _setting("rtr", 3, "rtr"),
     _setting("thp", 3, "thp"),
     _setting("fmoe", 4, "fmoe"),
     Column("test", 13, lambda row: row.case.test),
-    Column("t/s", 16, _rate),
+    Column("t/s", 16, rate),
 )
 
 
 def markdown(rows: Sequence[BenchRow], roof: bool = False) -> str:
     """llama-bench's table; `roof` adds the column `limit`. Ends with notes and the build line."""
-    import tabulate
-
-    shown = [column for column in _COLUMNS if column.is_shown(rows)]
+    shown = shown_columns(rows)
     if roof:
         shown.append(Column("limit", 7, _limit))
-    lines = [[column.header for column in shown], *([c.cell(row) for c in shown] for row in rows)]
+    return table(shown, [[c.cell(row) for c in shown] for row in rows]) + footer(rows)
+
+
+def shown_columns(rows: Sequence[BenchRow]) -> list[Column]:
+    """The columns that say something of these rows."""
+    return [column for column in _COLUMNS if column.is_shown(rows)]
+
+
+def table(columns: Sequence[Column], cells: Sequence[Sequence[str]]) -> str:
+    """Lines of cells below the columns' headers, in llama-bench's layout."""
+    import tabulate
+
+    lines = [[column.header for column in columns], *cells]
     # The rule under the header is a row of its own, which gives each column its least width.
     widths = [
-        max(column.width, *(len(line[i]) for line in lines)) for i, column in enumerate(shown)
+        max(column.width, *(len(line[i]) for line in lines)) for i, column in enumerate(columns)
     ]
-    rule = ["-" * (w - c.right) + ":" * c.right for c, w in zip(shown, widths, strict=True)]
-    table = tabulate.tabulate(
+    rule = ["-" * (w - c.right) + ":" * c.right for c, w in zip(columns, widths, strict=True)]
+    text = tabulate.tabulate(
         [lines[0], rule, *lines[1:]],
         tablefmt=_pipes(tabulate),
-        colalign=["right" if column.right else "left" for column in shown],
+        colalign=["right" if column.right else "left" for column in columns],
         disable_numparse=True,
     )
-    return "\n".join([table, *_footnotes(rows), "", f"build: mlacli {__version__}"]) + "\n"
+    return text + "\n"
+
+
+def footer(rows: Sequence[BenchRow]) -> str:
+    """Notes on rows that are not what they seem, and the build line."""
+    return "\n".join([*_footnotes(rows), "", f"build: mlacli {__version__}"]) + "\n"
 
 
 def _pipes(tabulate: Any) -> Any:
@@ -151,121 +171,3 @@ def _footnotes(rows: Sequence[BenchRow]) -> list[str]:
         notes.append(f"* {faults} major page faults while timed: weights were read from disk")
     notes += [f"{row.case.test} failed: {row.error}" for row in rows if row.error]
     return ["", *notes] if notes else []
-
-
-def record(row: BenchRow) -> dict[str, Any]:
-    """A row with llama-bench's keys (those of ik_llama.cpp for its own flags)."""
-    settings, result = row.case.settings, row.result
-    return {
-        "build_commit": __version__,
-        "build_number": 0,
-        "cpu_info": result.cpu_info if result else "",
-        "backends": "CPU",
-        "model_filename": str(settings.model),
-        "model_type": _name(row),
-        "model_size": result.model.size if result else 0,
-        "model_n_params": result.model.n_params if result else 0,
-        "n_batch": settings.n_batch,
-        "n_ubatch": settings.n_ubatch,
-        "n_threads": settings.n_threads,
-        "cpu_mask": _mask(row),
-        "cpu_strict": settings.cpu_strict,
-        "poll": settings.poll,
-        "prio": settings.prio,
-        "numa": settings.numa or "",
-        "type_k": settings.type_k,
-        "type_v": settings.type_v,
-        "flash_attn": settings.flash_attn,
-        "mla_attn": settings.mla,
-        "attn_max_batch": settings.amb_mib,
-        "ser": _plain(settings.ser),
-        "use_mmap": settings.mmap,
-        "repack": settings.rtr,
-        "use_thp": settings.thp,
-        "fused_moe": settings.fmoe,
-        "n_prompt": row.case.n_prompt,
-        "n_gen": row.case.n_gen,
-        "n_depth": row.case.n_depth + row.case.n_fill,
-        "test": row.case.test,
-        "test_time": result.test_time if result else "",
-        "avg_ns": row.avg_ns if result else None,
-        "stddev_ns": row.stddev_ns if result else None,
-        "avg_ts": row.avg_ts if result else None,
-        "stddev_ts": row.stddev_ts if result else None,
-        "limit_ts": result.limit_ts if result else None,
-        "major_faults": result.major_faults if result else 0,
-        "error": row.error,
-    }
-
-
-def _with_samples(row: BenchRow) -> dict[str, Any]:
-    samples = list(row.result.samples_ns) if row.result else []
-    return record(row) | {"samples_ns": samples, "samples_ts": row.samples_ts}
-
-
-def as_json(rows: Sequence[BenchRow], roof: bool = False) -> str:
-    """An array of objects."""
-    return json.dumps([_with_samples(row) for row in rows], indent=2, allow_nan=False) + "\n"
-
-
-def json_lines(rows: Sequence[BenchRow], roof: bool = False) -> str:
-    """One object per line."""
-    return "".join(json.dumps(_with_samples(row), allow_nan=False) + "\n" for row in rows)
-
-
-def comma_separated(rows: Sequence[BenchRow], roof: bool = False) -> str:
-    """A header line, then every field in quotes; no samples."""
-    if not rows:
-        return ""
-    text = io.StringIO()
-    text.write(",".join(record(rows[0])) + "\n")
-    writer = csv.writer(text, quoting=csv.QUOTE_ALL, lineterminator="\n")
-    for row in rows:
-        writer.writerow([_flat(value) for value in record(row).values()])
-    return text.getvalue()
-
-
-def _flat(value: object) -> object:
-    """Booleans as 0 and 1, as llama-bench writes them; nothing measured as an empty field."""
-    if isinstance(value, bool):
-        return int(value)
-    return "" if value is None else value
-
-
-def sql(rows: Sequence[BenchRow], roof: bool = False) -> str:
-    """CREATE TABLE IF NOT EXISTS and one INSERT per row."""
-    if not rows:
-        return ""
-    records = [record(row) for row in rows]
-    columns = ",\n".join(f"  {key} {_sql_type(key)}" for key in records[0])
-    lines = [f"CREATE TABLE IF NOT EXISTS {SQL_TABLE} (\n{columns}\n);\n"]
-    for values in records:
-        literals = ", ".join(_literal(value) for value in values.values())
-        lines.append(f"INSERT INTO {SQL_TABLE} ({', '.join(values)}) VALUES ({literals});")
-    return "\n".join(lines) + "\n"
-
-
-_REAL = frozenset({"avg_ts", "stddev_ts", "limit_ts"})
-_TEXT = frozenset({"build_commit", "cpu_info", "backends", "model_filename", "model_type"})
-_TEXT |= {"cpu_mask", "numa", "type_k", "type_v", "ser", "test", "test_time", "error"}
-
-
-def _sql_type(key: str) -> str:
-    return "REAL" if key in _REAL else "TEXT" if key in _TEXT else "INTEGER"
-
-
-def _literal(value: object) -> str:
-    if value is None:
-        return "NULL"
-    if isinstance(value, str):
-        return "'" + value.replace("'", "''") + "'"
-    return str(int(value) if isinstance(value, bool) else value)
-
-
-WRITERS: dict[str, Callable[..., str]] = {
-    "md": markdown,
-    "json": as_json,
-    "jsonl": json_lines,
-    "csv": comma_separated,
-    "sql": sql,
-}

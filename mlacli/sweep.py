@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -10,60 +9,63 @@ from dataclasses import dataclass
 from mlacli.bench_runner import random_tokens
 from mlacli.engine import Engine
 from mlacli.errors import UsageError
+from mlacli.memory import MIB, peak_memory
 from mlacli.progress import Progress
 
-COLUMNS = "|    PP |     TG |   N_KV |   T_PP s | S_PP t/s |   T_TG s | S_TG t/s |"
-LINE = "|-------|--------|--------|----------|----------|----------|----------|"
+_COLUMNS = "|    PP |     TG |   N_KV |   T_PP s | S_PP t/s |   T_TG s | S_TG t/s |"
+_LINE = "|-------|--------|--------|----------|----------|----------|----------|"
+_MEMORY_COLUMNS = "    RSS HWM | VRAM delta |"
+_MEMORY_LINE = "------------|------------|"
 
 
 @dataclass(frozen=True)
 class Step:
-    """Seconds for `pp` prompt tokens and for `tg` generated ones, both behind `n_kv` others."""
+    """Seconds for `pp` prompt tokens and for `tg` generated ones, both behind `n_kv` others.
+
+    `rss_mib` is the most memory that the process has held, where that is to be shown.
+    """
 
     pp: int
     tg: int
     n_kv: int
     t_pp: float
     t_tg: float
+    rss_mib: float | None = None
 
     @property
     def table_line(self) -> str:
+        memory = "" if self.rss_mib is None else f" {self.rss_mib:10.1f} | {'n/a':>10} |"
         return (
             f"|{self.pp:6d} | {self.tg:6d} | {self.n_kv:6d} | {self.t_pp:8.3f} | "
-            f"{self.pp / self.t_pp:8.2f} | {self.t_tg:8.3f} | {self.tg / self.t_tg:8.2f} |"
+            f"{self.pp / self.t_pp:8.2f} | {self.t_tg:8.3f} | {self.tg / self.t_tg:8.2f} |{memory}"
         )
 
     def json_line(self, engine: Engine) -> str:
-        """The keys of llama-sweep-bench."""
-        settings = engine.settings
-        return json.dumps(
-            {
-                "n_kv_max": engine.n_ctx,
-                "n_batch": settings.n_batch,
-                "n_ubatch": settings.n_ubatch,
-                "flash_attn": int(settings.flash_attn),
-                "n_gpu_layers": 0,
-                "n_threads": settings.n_threads,
-                "n_threads_batch": settings.n_threads_batch,
-                "pp": self.pp,
-                "tg": self.tg,
-                "n_kv": self.n_kv,
-                "t_pp": round(self.t_pp, 6),
-                "speed_pp": round(self.pp / self.t_pp, 6),
-                "t_tg": round(self.t_tg, 6),
-                "speed_tg": round(self.tg / self.t_tg, 6),
-            }
+        """The keys of llama-sweep-bench, its numbers of digits, and its spaces."""
+        s = engine.settings
+        memory = ""
+        if self.rss_mib is not None:
+            memory = f', "rss_hwm_mib": {self.rss_mib:.3f}, "vram_delta_mib": null'
+        return (
+            f'{{"n_kv_max": {engine.n_ctx}, "n_batch": {s.n_batch}, "n_ubatch": {s.n_ubatch}, '
+            f'"flash_attn": {int(s.flash_attn)}, "n_gpu_layers": 0, '
+            f'"n_threads": {s.n_threads}, "n_threads_batch": {s.n_threads_batch}, '
+            f'"pp": {self.pp}, "tg": {self.tg}, "n_kv": {self.n_kv}, '
+            f'"t_pp": {self.t_pp:f}, "speed_pp": {self.pp / self.t_pp:f}, '
+            f'"t_tg": {self.t_tg:f}, "speed_tg": {self.tg / self.t_tg:f}{memory} }}'
         )
 
 
-def head_line(engine: Engine) -> str:
-    """llama-sweep-bench's first line."""
+def head(engine: Engine, memory: bool = False) -> str:
+    """llama-sweep-bench's lines above its first step."""
     s = engine.settings
-    return (
+    main = (
         f"main: n_kv_max = {engine.n_ctx}, n_batch = {s.n_batch}, n_ubatch = {s.n_ubatch}, "
-        f"flash_attn = {int(s.flash_attn)}, n_threads = {s.n_threads}, "
+        f"flash_attn = {int(s.flash_attn)}, n_gpu_layers = 0, n_threads = {s.n_threads}, "
         f"n_threads_batch = {s.n_threads_batch}"
     )
+    columns = _COLUMNS + _MEMORY_COLUMNS * memory
+    return "\n".join([main, "", columns, _LINE + _MEMORY_LINE * memory]) + "\n"
 
 
 def sweep(
@@ -74,6 +76,7 @@ def sweep(
     stride: int = 1,
     warmup: bool = False,
     progress: Progress | None = None,
+    memory: bool = False,
 ) -> Iterator[Step]:
     """One micro-batch after another until the context is full; every `stride`-th one is measured.
 
@@ -98,7 +101,7 @@ def sweep(
         times = repetitions if number == 0 else 1
         t_tg = sum(_generation(engine, n_kv, n_gen) for _ in range(times)) / times
         t_pp = sum(_prompt(engine, n_kv, n_pp) for _ in range(times)) / times
-        yield Step(n_pp, n_gen, n_kv, t_pp, t_tg)
+        yield Step(n_pp, n_gen, n_kv, t_pp, t_tg, peak_memory()[0] / MIB if memory else None)
 
 
 def _prompt(engine: Engine, n_kv: int, n: int) -> float:

@@ -18,7 +18,8 @@ import pytest
 from mlacli import __version__
 from mlacli.__main__ import main
 from mlacli.bench import BenchCase, BenchResult, BenchRow, Grid, ModelFacts, cases, run_cases
-from mlacli.bench_table import WRITERS, markdown
+from mlacli.bench_records import WRITERS
+from mlacli.bench_table import markdown
 from mlacli.errors import ModelError, SpaceError, UsageError
 from mlacli.settings import RunSettings
 
@@ -50,6 +51,15 @@ def test_cross_product_order() -> None:
         (model, mla, threads) for model in (A, B) for mla in (0, 3) for threads in (1, 2)
     ]
     assert all(s.n_threads_batch == s.n_threads for s in settings)
+
+
+def test_values_that_set_several_settings() -> None:
+    axes = {"n_threads": [3, {"n_threads": 1, "n_threads_batch": 2}]}
+    found = cases(Grid((A,), axes, prompt_gen=((4, 4),)))
+    assert [(c.test, c.n_threads, c.settings.n_threads_batch) for c in found] == [
+        *(("pp512", 3, 3), ("tg128", 3, 3), ("pp4+tg4", 3, 3)),
+        *(("pp512", 2, 2), ("tg128", 1, 2), ("pp4+tg4", 1, 2)),
+    ]
 
 
 def test_context_holds_the_whole_test() -> None:
@@ -207,7 +217,7 @@ def test_json_and_json_lines() -> None:
 def test_csv() -> None:
     text = WRITERS["csv"](_rows())
     first, failed = (list(csv.DictReader(io.StringIO(text)))[i] for i in (0, 3))
-    assert text.splitlines()[1].startswith(f'"{__version__}","0","a CPU","CPU","a.gguf"')
+    assert text.splitlines()[1].startswith(f'"{__version__}","0","a CPU","","CPU","a.gguf"')
     assert (first["flash_attn"], first["test"], first["n_threads"]) == ("1", "pp512", "16")
     assert (failed["avg_ts"], failed["error"]) == ("", "needs 'much'")
     assert "samples_ns" not in first
@@ -229,21 +239,31 @@ def test_sql_is_read_by_sqlite() -> None:
     )
 
 
-def _bench(monkeypatch: pytest.MonkeyPatch, broken: Callable[[BenchCase], bool]) -> None:
+def fake_bench(
+    monkeypatch: pytest.MonkeyPatch,
+    broken: Callable[[BenchCase], bool],
+    seconds: Callable[[BenchCase], int] = lambda case: 1,
+) -> None:
+    """A runner in place of the engine: each test takes the same time."""
+
     class EngineRunner:
         notes = ("the object cache is cold",)
 
         def __init__(
-            self, cases: Sequence[BenchCase], *, repetitions: int, warmup: bool, **flags: bool
+            self, cases: Sequence[BenchCase], *, repetitions: int, warmup: bool, **flags: Any
         ) -> None:
-            self.cases, self.samples = cases, (10**9,) * repetitions
-            assert warmup and flags.keys() == {"roof", "profile", "verbose"}
+            self.cases, self.repetitions = cases, repetitions
+            self.progress: Callable[[str], None] = lambda what: None
+            assert warmup and flags.keys() == {"roof", "profile", "verbose", "delay"}
 
         def __call__(self, case: BenchCase) -> BenchResult:
             if broken(case):
                 raise SpaceError("needs 412 GiB")
+            for number in range(self.repetitions):
+                self.progress(f"prompt run {number + 1}/{self.repetitions}")
             facts = ModelFacts("deepseek2 13M F16", 27 << 20, 13_000_000)
-            return BenchResult(facts, "a CPU", "2026-01-01T00:00:00Z", self.samples)
+            samples = (seconds(case) * 10**9,) * self.repetitions
+            return BenchResult(facts, "a CPU", "2026-01-01T00:00:00Z", samples)
 
     module = types.ModuleType("mlacli.bench_runner")
     monkeypatch.setattr(module, "EngineRunner", EngineRunner, raising=False)
@@ -254,7 +274,7 @@ def test_bench_prints_the_table(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     line = "bench -p 16,32 -n 0 -t 1 -fa 0,1 -rtr -r 2"
-    _bench(monkeypatch, broken=lambda case: False)
+    fake_bench(monkeypatch, broken=lambda case: False)
     assert main(line.split()) == 0
     printed = capsys.readouterr()
     rows = [line.split("|")[1:-1] for line in printed.out.splitlines() if line.startswith("|")]
@@ -272,7 +292,7 @@ def test_bench_prints_the_table(
 def test_bench_with_a_failed_case_exits_1(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    _bench(monkeypatch, broken=lambda case: case.n_prompt == 32)
+    fake_bench(monkeypatch, broken=lambda case: case.n_prompt == 32)
     assert main(["bench", "-p", "16,32", "-n", "0"]) == 1
     out = capsys.readouterr().out
     assert "pp32 failed: needs 412 GiB" in out and "16.00 ± 0.00" in out

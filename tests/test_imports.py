@@ -14,12 +14,16 @@ ROOT = Path(__file__).resolve().parent.parent
 LEVELS = (
     ("mlacli.__main__", "mlacli.cli"),
     ("mlacli.chat", "mlacli.doctor"),
-    ("mlacli.bench", "mlacli.bench_table", "mlacli.bench_runner", "mlacli.session", "mlacli.sweep"),
+    (
+        *("mlacli.bench", "mlacli.bench_table", "mlacli.bench_records", "mlacli.bench_pivot"),
+        *("mlacli.bench_db", "mlacli.bench_runner", "mlacli.session", "mlacli.sweep"),
+    ),
     ("mlacli.generation", "mlacli.session_file", "mlacli.signals", "mlacli.answer"),
     (
         *("mlacli.engine", "mlacli.context", "mlacli.machine", "mlacli.calibrate"),
         *("mlacli.roofline", "mlacli.fit"),
         *("mlacli.work", "mlacli.profile", "mlacli.profile_table", "mlacli.results"),
+        "mlacli.plot_results",
         *("mlacli.report", "mlacli.report_format", "mlacli.report_work", "mlacli.report_grid"),
         *("mlacli.report_picture", "mlacli.fit_flags", "mlacli.info", "mlacli.info_format"),
         *("mlacli.checks_cpu", "mlacli.checks_memory"),

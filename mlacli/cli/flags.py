@@ -348,16 +348,23 @@ def given_settings(values: Mapping[str, Any]) -> dict[str, Any]:
     """
     log = LogSettings(**given(LogSettings, values))
     console.start(log)
-    found, hub = given(RunSettings, values), given(HubFile, values)
+    found = given(RunSettings, values)
     if log.verbosity >= DEBUG:
         found.setdefault("verbose", True)
     if "model" in found:
         found["model"] = Path(found["model"])
-        if "hf_repo" in hub:
-            raise UsageError("-m and -hf: give one of them, not both")
-    if "hf_repo" in hub:
-        fitted(**found)  # what cannot work is said before anything is fetched
-        found["model"] = fetch(HubFile(**hub), console.note, bars=console.shows_bars())
-    elif hub:
-        raise UsageError(f"{names_of(next(iter(hub)))[0]}: needs -hf USER/REPO")
-    return found
+    fitted(**found)  # what cannot work is said before anything is fetched
+    fetched = hub_model(values)
+    return found | ({"model": fetched} if fetched else {})
+
+
+def hub_model(values: Mapping[str, Any]) -> Path | None:
+    """The model that -hf names, fetched; None if it names none. Raises UsageError, ModelError."""
+    hub = given(HubFile, values)
+    if "hf_repo" not in hub:
+        if hub:
+            raise UsageError(f"{names_of(next(iter(hub)))[0]}: needs -hf USER/REPO")
+        return None
+    if values["model"]:
+        raise UsageError("-m and -hf: give one of them, not both")
+    return fetch(HubFile(**hub), console.note, bars=console.shows_bars())

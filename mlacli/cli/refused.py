@@ -7,7 +7,8 @@ _REASONS = {
         "-ngl --gpu-layers --n-gpu-layers -sm --split-mode -ts --tensor-split -mg --main-gpu -dev "
         "--device --list-devices -ot --override-tensor -cmoe --cpu-moe -ncmoe --n-cpu-moe -nkvo "
         "--no-kv-offload -nopo --no-op-offload -ngld --gpu-layers-draft -devd --device-draft "
-        "--max-gpu -cuda --cuda-params --no-host"
+        "--max-gpu -cuda --cuda-params --no-host -no-ooae --no-offload-only-active-experts -sas "
+        "--scheduler-async --print-overrides"
     ),
     "there is no speculative decoding": (
         "-md --model-draft --draft --draft-max --draft-min --draft-n --draft-p-min --draft-p-split "
@@ -24,7 +25,8 @@ _REASONS = {
         "--rerank --reranking -np --parallel --slot-save-path --webui --no-webui"
     ),
     "log lines are plain text": "--log-jsonl",
-    "there is no RPC backend": "--rpc",
+    "there is no RPC backend": "-rpc --rpc",
+    "no embeddings are computed": "-embd",
     "cached rows are not transformed": "-khad --k-cache-hadamard -vhad --v-cache-hadamard",
     "a thread whose priority was lowered may not raise it again: --prio holds for prompts, too": (
         "--prio-batch"

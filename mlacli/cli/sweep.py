@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Any
 
 from mlacli.cli import console
 from mlacli.cli.flags import NO_FLASH_ATTENTION, flags_of, run_settings
 from mlacli.cli.options import StrictCommand, flag, new_app, takes
+from mlacli.cli.plots import Plot, PlotWith, plots_of
 from mlacli.errors import Interrupted
 from mlacli.limits import Choice, Limit
 from mlacli.settings import RunSettings, notes
@@ -15,7 +17,7 @@ OUTPUT = "Output"
 _GENERATED = Limit("-n", 1, 1 << 20)
 _REPETITIONS = Limit("-nrep", 1, 10_000)
 _STRIDE = Limit("--sweep-stride", 1, 1 << 20)
-_FORMAT = Choice("--output-format", ("table", "jsonl"))
+_FORMAT = Choice("--output-format", ("table", "md", "jsonl"))
 app = new_app()
 
 
@@ -27,7 +29,8 @@ _N = flag("-n --predict --n-predict", OUTPUT, "N", "Tokens generated per step.",
 _NREP = flag("-nrep --n-repetitions", OUTPUT, "N", "Times that the first step is run.", "1")
 _EVERY = flag("--sweep-stride", OUTPUT, "N", "Measure every N-th step.", "1")
 _WARM = flag("-wb --warmup-batch", OUTPUT, "", "Run a batch before the clock starts.", "off")
-_OUTPUT = flag("--output-format", OUTPUT, "table|jsonl", "Format of the steps.", "table")
+_OUTPUT = flag("--output-format", OUTPUT, "table|md|jsonl", "Format of the steps.", "table")
+_MEMORY = flag("--sweep-memory", OUTPUT, "", "Columns for the most memory held so far, in MiB.")
 
 
 @app.command("sweep", cls=SweepCommand)
@@ -38,6 +41,9 @@ def sweep(
     stride: Annotated[str, _EVERY] = "1",
     warmup: Annotated[bool, _WARM] = False,
     output: Annotated[str, _OUTPUT] = "table",
+    memory: Annotated[bool, _MEMORY] = False,
+    plot: Plot = None,
+    plot_with: PlotWith = None,
     **values: Any,
 ) -> int:
     """Measure prompt batches and generation behind more and more tokens, until -c is full."""
@@ -45,15 +51,18 @@ def sweep(
     as_json = _FORMAT.parse(output) == "jsonl"
     n_gen = _GENERATED.parse(generated) if generated else max(1, settings.n_ubatch // 4)
     times, every = _REPETITIONS.parse(repetitions), _STRIDE.parse(stride)
+    plots = plots_of(plot, plot_with)
     for line in notes(settings):
         console.note(f"note: {line}")
 
     from mlacli import sweep as sweeping
+    from mlacli.bench_runner import facts
     from mlacli.cli.progress import bar
     from mlacli.engine import Cancelled
     from mlacli.machine import make_jit
     from mlacli.report import context_size
-    from mlacli.session import start_engine, watched_load
+    from mlacli.results import Row, swept
+    from mlacli.session import memory_notes, start_engine, watched_load
     from mlacli.signals import EXIT_OF_SIGNAL, stop_on_signals
 
     model = watched_load(settings, bar)
@@ -61,20 +70,30 @@ def sweep(
     engine = start_engine(model, settings, make_jit(), n_ctx)
     with bar("compiling", "kernels") as progress:
         engine.prepare(*engine.plan.graphs, progress=progress)
-    for line in engine.pool.notes:
-        console.note(f"note: {line}")
+    for line in (*memory_notes(model, settings), *(f"note: {n}" for n in engine.pool.notes)):
+        console.note(line)
     if not as_json:
-        head = (sweeping.head_line(engine), "", sweeping.COLUMNS, sweeping.LINE)
-        console.write("\n".join(head) + "\n")
+        console.write(sweeping.head(engine, memory))
+    rows: list[Row] = []
     with (
         stop_on_signals(engine) as received,
         bar("sweep", "positions", background=False) as progress,
     ):
         try:
             for step in sweeping.sweep(
-                engine, n_gen, repetitions=times, stride=every, warmup=warmup, progress=progress
+                engine,
+                n_gen,
+                repetitions=times,
+                stride=every,
+                warmup=warmup,
+                memory=memory,
+                progress=progress,
             ):
-                console.write((step.json_line(engine) if as_json else step.table_line) + "\n")
+                told = step.json_line(engine)
+                console.write((told if as_json else step.table_line) + "\n")
+                rows += swept(json.loads(told))
         except Cancelled as problem:
             raise Interrupted(EXIT_OF_SIGNAL[received[0]]) from problem
+        finally:  # what was measured is drawn even when the rest is stopped
+            plots.show(rows, facts(model).description)
     return 0

@@ -35,13 +35,16 @@ def _run(monkeypatch: pytest.MonkeyPatch, path: Path, limit: int) -> tuple[list[
 
     monkeypatch.setattr(bench_runner, "Engine", Counted)
     found = _cases(path)
-    runner = EngineRunner(found, repetitions=1, warmup=False, roof=False)
+    told: list[str] = []
+    runner = EngineRunner(found, repetitions=1, warmup=False, roof=False, progress=told.append)
     for case in found:
+        told.clear()
         before = runner._engine[1].cache.n_used if runner._engine else 0
         result = runner(case)
         assert runner._engine is not None and len(result.samples_ns) == 1
         assert runner._engine[1].cache.n_used == case.n_depth + 8
         filled.append(max(0, case.n_depth - before))
+        assert told == ["depth run 1/1"] * bool(filled[-1]) + ["prompt run 1/1"]
     return made, filled
 
 

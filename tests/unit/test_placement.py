@@ -9,7 +9,8 @@ import pytest
 
 from mlacli import cpu_count, numa, placement, settings
 from mlacli.bench import BenchRow, Grid, cases
-from mlacli.bench_table import markdown, record
+from mlacli.bench_records import record
+from mlacli.bench_table import markdown
 from mlacli.errors import UsageError
 from mlacli.limits import CpuMask, CpuRange
 from mlacli.numa import Node, cpu_list_text, last_cpu, nodes_with_cpus, numa_nodes, parse_cpu_list
