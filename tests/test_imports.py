@@ -14,7 +14,10 @@ ROOT = Path(__file__).resolve().parent.parent
 LEVELS = (
     ("mlacli.__main__", "mlacli.cli"),
     ("mlacli.chat",),
-    ("mlacli.bench", "mlacli.bench_table", "mlacli.bench_runner", "mlacli.session", "mlacli.sweep"),
+    (
+        *("mlacli.bench", "mlacli.bench_table", "mlacli.bench_runner", "mlacli.session"),
+        *("mlacli.sweep", "mlacli.tune", "mlacli.tune_table"),
+    ),
     ("mlacli.generation", "mlacli.session_file", "mlacli.signals"),
     (
         *("mlacli.engine", "mlacli.context", "mlacli.machine", "mlacli.calibrate"),
@@ -29,6 +32,7 @@ LEVELS = (
         *("mlacli.gguf", "mlacli.text", "mlacli.settings", "mlacli.limits", "mlacli.cpu_count"),
         *("mlacli.debug", "mlacli.errors", "mlacli.memory", "mlacli.free_memory"),
         *("mlacli.sampling_settings", "mlacli.files", "mlacli.pictures"),
+        *("mlacli.config_file", "mlacli.suggest"),
     ),
     ("codegen",),
 )

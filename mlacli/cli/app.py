@@ -27,6 +27,8 @@ COMMANDS = {
     "sweep": "Measure the speed behind more and more tokens.",
     "compare": "Put two results of bench or sweep side by side.",
     "report": "Show what a model needs: cache, buffers, work per token.",
+    "tune": "Find the threads and batch sizes that suit a model here.",
+    "config": "Show or change what flags are set to when they are not typed.",
 }
 _COMPLETION = ("--install-completion", "--show-completion")
 

@@ -11,7 +11,14 @@ from typing import Annotated, Any
 from mlacli import bench as benching
 from mlacli.bench_table import WRITERS
 from mlacli.cli import console
-from mlacli.cli.flags import DEMO_MODEL, MODEL, NO_FLASH_ATTENTION, PROFILE_HELP, meaning
+from mlacli.cli.flags import (
+    DEMO_MODEL,
+    MODEL,
+    NO_FLASH_ATTENTION,
+    PROFILE_HELP,
+    choices_of,
+    meaning,
+)
 from mlacli.cli.options import StrictCommand, flag, new_app, parameter, takes
 from mlacli.limits import Choice, Limit, Rule, Switch, parse_list, parse_pairs, rules
 from mlacli.settings import RunSettings, default_model
@@ -69,7 +76,8 @@ def _axis(field: str) -> Parameter:
         placeholder = "K,T;..."
     default = getattr(RunSettings, field, "physical cores")
     text = "Threads." if field == "n_threads" else meaning(field)
-    option = flag(_AXES[field], VALUES, placeholder, text, _shown(default))
+    choices = choices_of(rules(RunSettings)[field])
+    option = flag(_AXES[field], VALUES, placeholder, text, _shown(default), choices)
     return parameter(field, option, list[str] | None)
 
 
