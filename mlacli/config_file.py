@@ -112,13 +112,15 @@ def read_config_file(path: Path, *, required: bool = False) -> ConfigFile:
     except RecursionError as problem:
         raise UsageError(f"{path}: is not TOML: too deeply nested") from problem
     except ValueError as problem:
-        raise UsageError(f"{path}: {_where(str(problem))}") from problem
+        raise UsageError(f"{path}: {_where(str(problem), text)}") from problem
 
 
-def _where(problem: str) -> str:
+def _where(problem: str, text: str) -> str:
     """tomllib's complaint with the line in front."""
-    found = re.fullmatch(r"(.*) \(at line (\d+), column \d+\)", problem, re.DOTALL)
-    return f"line {found[2]}: is not TOML: {found[1]}" if found else f"is not TOML: {problem}"
+    what, _, place = problem.removesuffix(")").partition(" (at ")
+    line = re.match(r"line (\d+)", place)
+    number = line[1] if line else text.count("\n") + 1 if place else ""
+    return f"line {number}: is not TOML: {what}" if number else f"is not TOML: {what}"
 
 
 def _text(path: Path) -> str:

@@ -155,13 +155,13 @@ class Tuner:
 
     def _threads(self, seconds: float) -> Tuned:
         counts = thread_counts(self.default_t, self.cpus)
-        n = _fit(seconds * self._tg / (len(counts) * (2 + MIN_ROUNDS)), 4, _MAX_GEN)
+        n = _fit(seconds * self._tg / self._turns(counts), 4, _MAX_GEN)
         cases = {count: self._case(0, n, n_threads=count) for count in counts}
         return self._tuned("t", "n_threads", self.default_t, cases, seconds)
 
     def _threads_batch(self, seconds: float) -> Tuned:
         counts = thread_counts(self.default_t, self.cpus)
-        n = _fit(seconds * self._pp / (len(counts) * (2 + MIN_ROUNDS)), 32, 512)
+        n = _fit(seconds * self._pp / self._turns(counts), 32, 512)
         cases = {count: self._case(n, 0, n_threads_batch=count) for count in counts}
         return self._tuned("tb", "n_threads_batch", self.default_t, cases, seconds)
 
@@ -214,6 +214,10 @@ class Tuner:
     @property
     def _rate(self) -> float:
         return max(self._pp, 1e-9)
+
+    def _turns(self, counts: Sequence[int]) -> float:
+        """Enough rounds of all these thread counts, in turns of the default."""
+        return (2 + MIN_ROUNDS) * sum(max(1, self.default_t / count) for count in counts)
 
     def _skipped(self, name: str, default: int | None, needed: float) -> Tuned:
         share = SHARES[name] / sum(SHARES.values())
