@@ -72,7 +72,7 @@ REFUSED = {
     "run model.gguf": "'model.gguf': belongs to no flag (a value with spaces needs quotes)",
     "run -rtr 1": "'1': belongs to no flag (a value with spaces needs quotes)",
     # commands
-    "rnu": "'rnu': no such command (one of run, chat, bench, sweep, compare, report)",
+    "rnu": "'rnu': no such command (one of run, chat, bench, sweep, compare, report, tune, config)",
     "-m x.gguf": "-m: comes after a command, as in: mlacli run -m ...",
     "report -mla 4": "-mla: 4 is out of range (0 to 3)",
     "report -p x": "-p: no such flag",
