@@ -17,6 +17,7 @@ from mlacli.bench import BenchCase, BenchResult, ModelFacts
 from mlacli.engine import Cancelled, Engine, Model, load_model
 from mlacli.errors import Interrupted, SpaceError
 from mlacli.machine import Peaks, Roof, cpu_name, machine_profile, make_jit, mean_peaks
+from mlacli.model.choose import PathChooser
 from mlacli.profile import Profiles
 from mlacli.profile_table import profile_lines
 from mlacli.roofline import row_seconds
@@ -28,7 +29,8 @@ from mlacli.signals import EXIT_OF_SIGNAL, stop_on_signals
 @dataclass
 class EngineRunner:
     """A `Runner`. Consecutive cases that only differ in their tests share an engine: it has room
-    for the largest of them, if there is memory, and keeps its cache from depth to depth."""
+    for the largest of them, if there is memory, and keeps its cache from depth to depth. `keeps`
+    says how many engines live at once, for cases that take turns."""
 
     cases: Sequence[BenchCase]
     repetitions: int
@@ -38,9 +40,10 @@ class EngineRunner:
     profile: bool = False
     delay: float = 0.0  # seconds of rest before each test
     progress: Callable[[str], None] = lambda what: None  # told what comes next, never while timed
+    keeps: int = 1
     _jit: Jit | None = None
     _pool: Pool | None = None
-    _engine: tuple[RunSettings, Engine] | None = None
+    _engines: dict[RunSettings, Engine] = field(default_factory=dict)
     _models: dict[tuple[object, ...], Model] = field(default_factory=dict)
     _memory: list[str] = field(default_factory=list)
 
@@ -49,6 +52,10 @@ class EngineRunner:
         """What the compiler and the threads had to say, and what came of -thp and -lm mlock."""
         jit, pool = self._jit.notes if self._jit else (), self._pool.notes if self._pool else ()
         return (*self._memory, *jit, *pool)
+
+    def chooser(self, case: BenchCase) -> PathChooser:
+        """What picks the path of a case's batches. Raises MlaError."""
+        return self._engine_for(case.settings).chooser
 
     def __call__(self, case: BenchCase) -> BenchResult:
         """Run a case. Raises MlaError, and Interrupted on Ctrl-C."""
@@ -119,19 +126,23 @@ class EngineRunner:
 
     def _engine_for(self, settings: RunSettings) -> Engine:
         needed, kind = max(settings.n_ctx or 1, 1), replace(settings, n_ctx=0)
-        if self._engine is not None and self._engine[0] == kind and self._engine[1].n_ctx >= needed:
-            return self._engine[1]
-        self._engine = None  # its memory is free before the next one takes its own
+        if kind in self._engines and self._engines[kind].n_ctx >= needed:
+            return self._engines[kind]
+        self._engines.pop(kind, None)
+        while len(self._engines) >= self.keeps:  # memory is free before the next one takes its own
+            self._engines.pop(next(iter(self._engines)))
         self._jit = self._jit or make_jit()
         n_threads = max(settings.n_threads, settings.n_threads_batch)
         if self._pool is None or self._pool.n_threads < n_threads:
             if self._pool is not None:
+                self._engines.clear()
                 self._pool.close()
             self._pool = Pool(self._jit, n_threads)
         # A model keeps its -rtr copies: it is opened anew, without them, when -rtr changes.
         opened = (settings.model, settings.mmap, settings.mlock, settings.thp, settings.rtr)
         if opened not in self._models:
             self._models.clear()
+            self._engines.clear()
             model = load_model(settings.model, mmap=settings.mmap, huge=settings.thp)
             self._models[opened] = model
         alike = (c.settings for c in self.cases if replace(c.settings, n_ctx=0) == kind)
@@ -142,7 +153,7 @@ class EngineRunner:
             if most == needed:
                 raise
             engine = self._new_engine(self._models[opened], settings, needed)
-        self._engine = (kind, engine)
+        self._engines[kind] = engine
         return engine
 
     def _new_engine(self, model: Model, settings: RunSettings, n_ctx: int) -> Engine:

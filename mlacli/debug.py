@@ -7,6 +7,7 @@ from pathlib import Path
 
 VARIABLES = {  # for docs/cli.md
     "MLACLI_TARGET": "CPU target to generate code for (avx2, generic, ...), not the best one.",
+    "MLACLI_CONFIG": "The configuration file (docs/config.md); empty: none.",
     "MLACLI_CACHE_DIR": "Folder for compiled code and machine measurements.",
     "NO_COLOR": "Set to anything: no colours.",
     "TERM": "dumb: no colours and no progress bars.",
@@ -43,6 +44,29 @@ class Environment:
     def dumb_terminal(self) -> bool:
         """Whether a terminal can only be sent lines."""
         return os.environ.get("TERM", "dumb") == "dumb"
+
+    @property
+    def settings(self) -> dict[str, str]:
+        """The variables that may stand for flags; empty ones count as not set."""
+        prefixes = ("MLACLI_", "LLAMA_ARG_")
+        return {n: v for n, v in os.environ.items() if v and n.startswith(prefixes)}
+
+    @property
+    def config_is_named(self) -> bool:
+        """Whether the configuration file was named, so that it has to exist."""
+        return bool(os.environ.get("MLACLI_CONFIG"))
+
+    @property
+    def config_file(self) -> Path | None:
+        """The configuration file; None when there is to be none, or no absolute path is known."""
+        chosen = os.environ.get("MLACLI_CONFIG")
+        if chosen is not None:
+            return Path(chosen) if chosen else None
+
+        import platformdirs
+
+        folder = Path(platformdirs.user_config_dir("mlacli", appauthor=False))
+        return folder / "config.toml" if folder.is_absolute() else None
 
     @property
     def cache_dir(self) -> Path | None:

@@ -15,6 +15,8 @@ from typing import Any, Protocol
 from mlacli.errors import UsageError
 
 _WORDS = {"on": True, "auto": True, "1": True, "off": False, "0": False}
+# What llama.cpp, and a configuration file, have for them.
+_MORE_WORDS = {"true": True, "enabled": True, "false": False, "disabled": False}
 _MAX_VALUES = 1024
 MAX_CPUS = 4096
 
@@ -74,9 +76,10 @@ class Switch:
             raise UsageError(f"{self.flag}: {value!r} is neither on nor off")
 
     def parse(self, text: str) -> bool:
-        if text.lower() not in _WORDS:
+        words = _WORDS | _MORE_WORDS
+        if text.lower() not in words:
             raise UsageError(f"{self.flag}: {text!r} is not one of {', '.join(_WORDS)}")
-        return _WORDS[text.lower()]
+        return words[text.lower()]
 
 
 @dataclass(frozen=True)

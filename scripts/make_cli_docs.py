@@ -1,4 +1,4 @@
-"""Writes docs/cli.md, and the flag table of README.md where it has markers, from the code.
+"""Writes docs/cli.md, and tables of README.md and docs/config.md between markers, from the code.
 
 python -m scripts.make_cli_docs
 """
@@ -13,12 +13,14 @@ from pathlib import Path
 import typer
 
 from mlacli.__main__ import EXIT_CODES
+from mlacli.cli import sources
 from mlacli.cli.app import COMMANDS, build
 from mlacli.cli.options import StrictCommand
 from mlacli.debug import VARIABLES
 
 ROOT = Path(__file__).resolve().parent.parent
 MARKERS = "<!-- flags -->", "<!-- /flags -->"
+VARIABLE_MARKERS = "<!-- variables -->", "<!-- /variables -->"
 _INTRO = """\
 # Command line
 
@@ -45,21 +47,50 @@ def cli_page() -> str:
     codes = ((f"{code}", text) for code, text in EXIT_CODES.items())
     parts.append("## Exit codes\n\n" + table(("code", "meaning"), codes))
     variables = ((f"`{name}`", text) for name, text in VARIABLES.items())
-    parts.append("## Environment variables\n\n" + table(("variable", "meaning"), variables))
+    more = "Every flag has a variable, too: docs/config.md lists them.\n"
+    parts.append(
+        "## Environment variables\n\n" + table(("variable", "meaning"), variables) + f"\n{more}"
+    )
     return "\n".join(parts)
 
 
 def with_flags(text: str) -> str:
     """`text` with the flags of `mlacli run` between the markers, if it has them."""
-    start, end = MARKERS
+    rows = [row for rows in _command("run").sections().values() for row in rows]
+    return _between(text, MARKERS, _flag_table(rows))
+
+
+def with_variables(text: str) -> str:
+    """`text` with the keys of all flags and their variables between the markers."""
+    commands = {name: _command(name) for name in COMMANDS}
+    every = {name: c for name, c in commands.items() if c.reads_settings}
+    rows: dict[str, tuple[str, str, list[str]]] = {}
+    for name, command in every.items():
+        for key, (option, positive) in sources.keys_of(command).items():
+            if key == sources.main_key(option) and positive:
+                same = [k for k in sources.keys_of(command) if k in sources.LLAMA_ARGS]
+                theirs = [sources.LLAMA_ARGS[k] for k in same if f"--{k}" in option.opts] + [
+                    sources.LLAMA_NEGATIVES[k] for k in (key,) if k in sources.LLAMA_NEGATIVES
+                ]
+                peers = ", ".join(f"`{v}`" for v in theirs)
+                rows.setdefault(key, (sources.variable(key), peers, []))[2].append(name)
+    cells = (
+        (f"`{key}`", f"`{own}`", peers, ", ".join(names) if len(names) < len(every) else "all")
+        for key, (own, peers, names) in rows.items()
+    )
+    head = ("key", "variable", "llama.cpp's variable", "commands")
+    return _between(text, VARIABLE_MARKERS, table(head, cells))
+
+
+def _between(text: str, markers: tuple[str, str], new: str) -> str:
+    start, end = markers
     if start not in text:
         return text
-    rows = [row for rows in _command("run").sections().values() for row in rows]
     before, _, rest = text.partition(start)
     _, found, after = rest.partition(end)
     if not found:
         raise SystemExit(f"{start} without {end}")
-    return f"{before}{start}\n{_flag_table(rows)}{end}{after}"
+    return f"{before}{start}\n{new}{end}{after}"
 
 
 def _command(name: str) -> StrictCommand:
@@ -90,6 +121,8 @@ def main() -> None:
     (ROOT / "docs" / "cli.md").write_text(cli_page(), encoding="utf-8")
     readme = ROOT / "README.md"
     readme.write_text(with_flags(readme.read_text(encoding="utf-8")), encoding="utf-8")
+    page = ROOT / "docs" / "config.md"
+    page.write_text(with_variables(page.read_text(encoding="utf-8")), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -13,6 +13,12 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 from scripts.make_model import make_model
 
+# Tests, and the processes that they start, know nothing of what a developer has set for himself.
+for _name in [name for name in os.environ if name.startswith(("MLACLI_", "LLAMA_ARG_"))]:
+    if _name not in ("MLACLI_TARGET", "MLACLI_CACHE_DIR"):
+        del os.environ[_name]
+os.environ["MLACLI_CONFIG"] = ""
+
 
 class TinyModel(Protocol):
     """`tiny_model(preset, type, kv_b, sparse=..., **geometry)` -> path; made once per session."""

@@ -8,8 +8,9 @@ import pytest
 
 from mlacli import debug, errors
 from mlacli.__main__ import EXIT_CODES
+from mlacli.cli import sources
 from mlacli.cli.app import COMMANDS
-from scripts.make_cli_docs import MARKERS, ROOT, cli_page, table, with_flags
+from scripts.make_cli_docs import MARKERS, ROOT, cli_page, table, with_flags, with_variables
 
 STALE = "run: python -m scripts.make_cli_docs"
 
@@ -21,6 +22,14 @@ def test_page_is_fresh() -> None:
 def test_readme_is_fresh() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     assert with_flags(text) == text, STALE
+
+
+def test_config_page_is_fresh() -> None:
+    text = (ROOT / "docs" / "config.md").read_text(encoding="utf-8")
+    assert with_variables(text) == text, STALE
+    assert "| `ctx-size` | `MLACLI_CTX_SIZE` | `LLAMA_ARG_CTX_SIZE` |" in text
+    for names in (sources.LLAMA_ARGS, sources.LLAMA_NEGATIVES):
+        assert all(name in text for name in names.values())  # each stands for a flag that exists
 
 
 def test_page_names_everything() -> None:

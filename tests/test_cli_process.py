@@ -40,6 +40,7 @@ def test_nothing_heavy_is_loaded_before_a_model_is(words: list[str]) -> None:
     program = (
         "import sys; from mlacli.__main__ import main; main(sys.argv[1:]);"
         "heavy = {'numpy', 'llvmlite', 'gguf', 'jinja2', 'tokenizers', 'tabulate', 'rich'};"
+        "heavy |= {'tomlkit', 'tomllib'};"
         "found = (heavy | {'pydantic', 'pydantic_core'}) & sys.modules.keys();"
         "sys.exit(str(found) if found else 0)"
     )
@@ -65,13 +66,62 @@ def test_help_is_fast(words: list[str], limit: float) -> None:
         ("mlacli run --mm", ["--mmap"]),
         ("mlacli run --no-such-flag -fm", ["-fmoe"]),
         ("mlacli bench -mm", ["-mmp"]),
+        ("mlacli run -no-f", ["-no-fmoe", "-no-fa"]),
+        ("mlacli run -ctk f1", ["f16"]),
+        ("mlacli run -fa ", ["on", "off", "auto"]),
+        ("mlacli bench -ctk f16,q8_", ["f16,q8_0", "f16,q8_KV"]),
+        ("mlacli bench -o js", ["json", "jsonl"]),
+        ("mlacli run -m ", []),  # the shell offers files
+        ("mlacli config re", ["report"]),
     ],
 )
 def test_completion(line: str, offered: list[str]) -> None:
-    last = str(len(line.split()) - 1)
+    last = str(line.count(" "))
     asked = {"_MLACLI_COMPLETE": "complete_bash", "COMP_WORDS": line, "COMP_CWORD": last}
     done = _mlacli(capture_output=True, env=os.environ | asked)
     assert (done.returncode, done.stdout.split(), done.stderr) == (0, offered, "")
+
+
+def _asked(shell: str, line: str, action: str = "") -> subprocess.CompletedProcess[str]:
+    asked = {"_MLACLI_COMPLETE": f"complete_{shell}", "_TYPER_COMPLETE_ARGS": line}
+    asked["_TYPER_COMPLETE_FISH_ACTION"] = action
+    return _mlacli(capture_output=True, env=os.environ | asked)
+
+
+def test_completion_of_zsh_and_fish() -> None:
+    """Help stands beside a flag, on one line; where nothing is offered, files are."""
+    assert '"-mla":"0\\\\: K and V; ' in _asked("zsh", "mlacli run -ml").stdout
+    assert '_arguments \'*: :(("0"\n"1"\n"2"\n"3"))\'' in _asked("zsh", "mlacli run -mla ").stdout
+    flags = _asked("fish", "mlacli run -ct", "get-args").stdout.splitlines()
+    assert [line.split("\t")[0] for line in flags] == ["-ctk", "-ctv"]
+    assert _asked("fish", "mlacli run -ctk f1", "get-args").stdout.split() == ["f16"]
+    assert _asked("fish", "mlacli run -m ", "is-args").returncode == 1
+
+
+def test_completion_in_bash(tmp_path: Path) -> None:
+    """The script that typer writes, in a real bash, whose only commands are env and ours."""
+    command = tmp_path / "mlacli"
+    command.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m mlacli "$@"\n')
+    command.chmod(0o755)
+    from typer._completion_shared import get_completion_script
+
+    script = get_completion_script(
+        prog_name="mlacli", complete_var="_MLACLI_COMPLETE", shell="bash"
+    )
+    program = (
+        f"{script}\nCOMP_WORDS=(mlacli run -rea o); COMP_CWORD=3\n"
+        '_mlacli_completion mlacli; echo "${COMPREPLY[@]}"'
+    )
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    done = subprocess.run(
+        ["bash", "-c", program],
+        env=os.environ | {"PATH": path},
+        cwd=ROOT,
+        timeout=60,
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout == "on off\n"
 
 
 def test_completion_script() -> None:

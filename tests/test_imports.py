@@ -17,6 +17,7 @@ LEVELS = (
     (
         *("mlacli.bench", "mlacli.bench_table", "mlacli.bench_records", "mlacli.bench_pivot"),
         *("mlacli.bench_db", "mlacli.bench_runner", "mlacli.session", "mlacli.sweep"),
+        *("mlacli.tune", "mlacli.tune_table"),
     ),
     ("mlacli.generation", "mlacli.session_file", "mlacli.signals", "mlacli.answer"),
     (
@@ -36,7 +37,7 @@ LEVELS = (
         *("mlacli.debug", "mlacli.errors", "mlacli.memory", "mlacli.free_memory"),
         *("mlacli.sampling_settings", "mlacli.files", "mlacli.pictures", "mlacli.hub"),
         *("mlacli.numa", "mlacli.placement", "mlacli.findings", "mlacli.progress"),
-        *("mlacli.units",),
+        *("mlacli.units", "mlacli.config_file", "mlacli.suggest"),
     ),
     ("codegen",),
 )

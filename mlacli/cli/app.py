@@ -30,6 +30,8 @@ COMMANDS = {
     "info": "Show what is in a model file.",
     "tokenize": "Show the tokens of a text.",
     "doctor": "Look at what this machine offers, and what to do about it.",
+    "tune": "Find the threads and batch sizes that suit a model here.",
+    "config": "Show or change what flags are set to when they are not typed.",
 }
 _COMPLETION = ("--install-completion", "--show-completion")
 

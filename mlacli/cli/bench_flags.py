@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mlacli.bench import AXES, Grid
-from mlacli.cli.flags import DEMO_MODEL, MODEL, flags_of, hub_model, meaning
+from mlacli.cli.flags import DEMO_MODEL, MODEL, choices_of, flags_of, hub_model, meaning
 from mlacli.cli.options import flag, parameter
 from mlacli.errors import UsageError
 from mlacli.hub import HubFile
@@ -103,7 +103,8 @@ def _axis(field: str) -> Parameter:
         placeholder = "K,T;..."
     default = "physical cores" if field == "n_threads" else getattr(RunSettings, field)
     text = "Threads." if field == "n_threads" else meaning(field)
-    option = flag(_AXES[field], VALUES, placeholder, text, _shown(default))
+    choices = choices_of(rules(RunSettings)[field])
+    option = flag(_AXES[field], VALUES, placeholder, text, _shown(default), choices)
     return parameter(field, option, list[str] | None)
 
 

@@ -9,13 +9,13 @@ from pathlib import Path
 from mlacli.chat import Conversation, load_log, save_log
 from mlacli.cli import console
 from mlacli.cli.flags import given
-from mlacli.cli.options import suggestion
 from mlacli.cli.request import read_text
 from mlacli.errors import UsageError
 from mlacli.generation import Timings
 from mlacli.limits import Switch, rules
 from mlacli.sampling_settings import SamplingSettings
 from mlacli.settings import Request
+from mlacli.suggest import suggestion
 
 # command: (what follows it, what it does)
 COMMANDS = {

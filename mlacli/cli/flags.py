@@ -6,7 +6,7 @@ Names are llama.cpp's and ik_llama.cpp's. Limits and defaults are those of the s
 from __future__ import annotations
 
 import inspect
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import MISSING, Field, fields
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from mlacli.cli.log_settings import DEBUG, LOG_TEXT, LogSettings
 from mlacli.cli.options import flag, parameter
 from mlacli.errors import UsageError
 from mlacli.hub import HubFile, fetch
-from mlacli.limits import Rule
+from mlacli.limits import Choice, Limit, Rule
 from mlacli.sampling_settings import SAMPLERS
 from mlacli.settings import RunSettings, fitted
 
@@ -26,6 +26,7 @@ THREADS = "Threads and CPUs"
 OUTPUT = "Output"
 PROFILE_HELP = "Show on stderr where the time goes, by op; with -v also by layer."
 DEMO_MODEL = "a small model that comes with mlacli"
+MAX_CHOICES = 8
 NO_FLASH_ATTENTION = {"-no-fa": "-fa off", "--no-flash-attn": "-fa off"}
 _ONLY_MLA_0 = ", ".join(name for name in CACHE_FORMATS if name not in LATENT_CACHE_TYPES)
 
@@ -297,9 +298,17 @@ def flags_of(*owners: type[Any]) -> Iterator[inspect.Parameter]:
     for field in (field for owner in owners for field in fields(owner)):
         if field.name in _TEXT:
             section, names, placeholder, text = _TEXT[field.name]
-            option = flag(names, section, placeholder, text, shown_default(field))
+            default, choices = shown_default(field), choices_of(field.metadata.get("rule"))
+            option = flag(names, section, placeholder, text, default, choices)
             one = list[str] if field.metadata.get("each") else str if placeholder else bool
             yield parameter(field.name, option, one | None)
+
+
+def choices_of(rule: Rule | None) -> Sequence[str]:
+    """The words for a shell to offer: all values, where they are few."""
+    if isinstance(rule, Limit) and rule.kind is int and rule.high - rule.low < MAX_CHOICES:
+        return [str(number) for number in range(int(rule.low), int(rule.high) + 1)]
+    return rule.words if isinstance(rule, Choice) else ()
 
 
 def given(owner: type[Any], values: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,41 +8,71 @@ they were typed, and the rules of limits.py read them.
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import re
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, TypeVar
 
 import typer
-from typer.core import TyperCommand, TyperOption
+from typer.core import TyperCommand, TyperGroup, TyperOption
 
+from mlacli.cli import console
+from mlacli.cli.completion import brief, completer
 from mlacli.cli.refused import REFUSED
-from mlacli.errors import UsageError
+from mlacli.debug import ENV
+from mlacli.errors import MlaError, UsageError
+from mlacli.suggest import suggestion
 
 if TYPE_CHECKING:
     from typer._click import Context, HelpFormatter
+    from typer._click.shell_completion import CompletionItem
 
 HELP_NAMES = ["-h", "--help", "--usage"]
 OTHER = "Other"
+_SETTINGS = "mlacli.settings"  # where a context keeps what was not typed
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 _Flags = Mapping[str, TyperOption | None]  # by name; None for help and for rewritten names
 
 
-def flag(names: str, section: str, placeholder: str, text: str, default: str = "") -> Any:
+def flag(
+    names: str,
+    section: str,
+    placeholder: str,
+    text: str,
+    default: str = "",
+    choices: Sequence[str] = (),
+) -> Any:
     """A typer option: `names` are split by spaces, `default` is only shown.
 
     A placeholder in brackets (`[on|off]`) is a value that may be left out: then it is the first
-    of these words. None at all: the flag takes no value.
+    of these words. None at all: the flag takes no value. A shell completes `choices`, or the words
+    of a placeholder that lists them.
     """
+    if not choices and "|" in placeholder:
+        choices = [word for word in placeholder.strip("[]").split("|") if not word.isupper()]
     return typer.Option(
         *names.split(),
         metavar=placeholder or None,
         help=text,
         show_default=default or False,
         rich_help_panel=section,
+        # typer takes such a function apart, which is not worth the time in a run
+        autocompletion=completer(choices, placeholder) if ENV.completes else None,
     )
+
+
+def commands_of(ctx: Context) -> dict[str, StrictCommand]:
+    """The commands whose flags can be set elsewhere, by name; this imports all of them."""
+    group = _group(ctx)
+    found = {name: group.get_command(ctx, name) for name in group.list_commands(ctx)}
+    return {n: c for n, c in found.items() if isinstance(c, StrictCommand) and c.reads_settings}
+
+
+def _group(ctx: Context) -> TyperGroup:
+    group = ctx.find_root().command
+    assert isinstance(group, TyperGroup)
+    return group
 
 
 def parameter(
@@ -87,11 +117,17 @@ class StrictCommand(TyperCommand):
     `rewrites` maps a flag to the words that stand for it (`-no-fa` -> `-fa off`); no words when
     there is nothing to switch off. `operands` names the parameter that takes the words that belong
     to no flag, where there may be any. `refuses` are flags of other commands: name and reason.
+    Flags that are not typed may be set elsewhere (sources.py) unless `reads_settings` is off; of
+    the parameters of an `exclusive` group only those count that are set nearest to the command
+    line. `creates_config`: the configuration file need not exist, even if it was named.
     """
 
     rewrites: ClassVar[Mapping[str, str]] = {}
     operands: ClassVar[str] = ""
     refuses: ClassVar[Mapping[str, str]] = {}
+    reads_settings: ClassVar[bool] = True
+    creates_config: ClassVar[bool] = False
+    exclusive: ClassVar[Sequence[Collection[str]]] = ()
 
     def parse_args(self, ctx: Context, args: list[str]) -> list[str]:
         if ctx.resilient_parsing:  # a shell asks what could follow
@@ -104,20 +140,76 @@ class StrictCommand(TyperCommand):
         )
         if any(name in HELP_NAMES for name, _ in given):
             return super().parse_args(ctx, ["--help"])
+        typed = self._typed(given, flags)
         ctx.params |= {option.name: option.default for option in self.options()}
-        for name, value in given:
-            if not name:
-                ctx.params[self.operands] = [*(ctx.params[self.operands] or []), value]
-                continue
-            option = flags[name]
-            assert option is not None
-            if option.is_flag:
-                ctx.params[option.name] = name in option.opts
-            elif option.multiple:
-                ctx.params[option.name] = [*(ctx.params[option.name] or []), value]
-            else:
-                ctx.params[option.name] = value
+        ctx.params |= self._settings(ctx, typed) | typed
         return []
+
+    def _typed(self, given: Iterable[tuple[str, str | None]], flags: _Flags) -> dict[str, Any]:
+        """Parameters that the command line sets."""
+        found: dict[str, Any] = {}
+        for name, value in given:
+            option = flags[name] if name else None
+            if option is None:
+                found[self.operands] = [*found.get(self.operands, ()), value]
+            elif option.is_flag:
+                found[option.name] = name in option.opts
+            elif option.multiple:
+                found[option.name] = [*found.get(option.name, ()), value]
+            else:
+                found[option.name] = value
+        return found
+
+    def _settings(self, ctx: Context, typed: Mapping[str, Any]) -> dict[str, Any]:
+        """Parameters that the configuration file and variables set. Raises UsageError."""
+        if not self.reads_settings:
+            return {}
+        from mlacli.cli import sources
+        from mlacli.settings import default_model
+
+        found = sources.collect(
+            self,
+            ctx.info_name or "",
+            typed,
+            _group(ctx).list_commands(ctx),
+            lambda: commands_of(ctx),
+            default_model(),
+        )
+        for line in found.notes:
+            console.note(f"note: {line}")
+        ctx.meta[_SETTINGS] = found.settings
+        values = {name: setting.value for name, setting in found.settings.items()}
+        if typed.get("verbose", values.get("verbose")):
+            options = {option.name: option.opts[0] for option in self.options()}
+            for name, setting in found.settings.items():
+                console.note(f"note: {options[name]} is from {setting.origin}")
+            for name, setting in found.overridden.items():
+                console.note(f"note: {options[name]} from {setting.origin} is overridden")
+        return values
+
+    def invoke(self, ctx: Context) -> Any:
+        """Run the command; an error that comes of a value that was not typed says so."""
+        settings = ctx.meta.get(_SETTINGS)
+        try:
+            return super().invoke(ctx)
+        except MlaError as problem:
+            if not settings:
+                raise
+            from mlacli.cli import sources
+
+            line = sources.explained(problem, settings, self.options())
+            raise type(problem)(line) from problem
+
+    def shell_complete(self, ctx: Context, incomplete: str) -> list[CompletionItem]:
+        """The flags that begin so, also those that stand for others."""
+        from typer._click.shell_completion import CompletionItem
+
+        found = super().shell_complete(ctx, incomplete)
+        for item in found:
+            item.help = brief(item.help or "")
+        if incomplete.startswith("-"):
+            found += [CompletionItem(n) for n in self.rewrites if n.startswith(incomplete)]
+        return found
 
     def options(self) -> Iterator[TyperOption]:
         """The flags but for help, in the order of help."""
@@ -186,7 +278,7 @@ def normalise(
     """
     words = deque(argv)
     while words:
-        if operands and not words[0].startswith("-"):
+        if operands and not re.match(r"-(?!\d)", words[0]):
             yield "", words.popleft()
             continue
         name, value = _split(words.popleft(), flags, REFUSED | dict(refuses or {}))
@@ -239,11 +331,3 @@ def _split(word: str, flags: _Flags, refused: Mapping[str, str]) -> tuple[str, s
     if attached and not rest[0].isalpha() and not attached.startswith("--"):
         raise UsageError(f"{word}: write a space before the value: {attached} {rest}")
     raise UsageError(f"{name}: no such flag{suggestion(name, flags)}")
-
-
-def suggestion(word: str, known: Mapping[str, object] | Sequence[str]) -> str:
-    """`; did you mean X?` for the nearest known word, or nothing."""
-    near = difflib.get_close_matches(word, known, n=1, cutoff=0.7)
-    if not near and word.startswith("--"):
-        near = [k for k in known if len(k) > 4 and (word.startswith(k) or k.startswith(word))]
-    return f"; did you mean {near[0]}?" if near else ""

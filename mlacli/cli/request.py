@@ -59,6 +59,13 @@ _GRAMMARS = {
     "json": ("json_schema", "-j", "-jf"),
     "regex": ("regex", "--regex", ""),
 }
+# Parameters of which one is given.
+EXCLUSIVE = (
+    ("system", "system_file"),
+    ("template", "template_file"),
+    ("grammar", "grammar_file", "json_schema", "json_schema_file", "regex"),
+    ("samplers", "sampling_seq"),
+)
 REQUEST_FLAGS = [
     *(parameter(name, flag(*words)) for name, words in _TEXTS.items()),
     parameter("escape", _ESCAPE, bool, True),

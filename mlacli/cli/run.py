@@ -8,7 +8,7 @@ from typing import Annotated, Any
 from mlacli.cli import console
 from mlacli.cli.flags import NO_FLASH_ATTENTION, OUTPUT, PROMPT, run_settings
 from mlacli.cli.options import StrictCommand, flag, new_app, takes
-from mlacli.cli.request import REQUEST_FLAGS, has_prompt, read_request
+from mlacli.cli.request import EXCLUSIVE, REQUEST_FLAGS, has_prompt, read_request
 from mlacli.errors import UsageError
 from mlacli.settings import TEXT, notes
 
@@ -18,6 +18,7 @@ app = new_app()
 class RunCommand(StrictCommand):
     # This program runs nothing before a prompt.
     rewrites = NO_FLASH_ATTENTION | {"--no-warmup": ""}
+    exclusive = EXCLUSIVE
 
 
 _CONVERSATION = flag(

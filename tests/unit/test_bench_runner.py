@@ -39,10 +39,10 @@ def _run(monkeypatch: pytest.MonkeyPatch, path: Path, limit: int) -> tuple[list[
     runner = EngineRunner(found, repetitions=1, warmup=False, roof=False, progress=told.append)
     for case in found:
         told.clear()
-        before = runner._engine[1].cache.n_used if runner._engine else 0
+        before = next((e.cache.n_used for e in runner._engines.values()), 0)
         result = runner(case)
-        assert runner._engine is not None and len(result.samples_ns) == 1
-        assert runner._engine[1].cache.n_used == case.n_depth + 8
+        (engine,) = runner._engines.values()
+        assert len(result.samples_ns) == 1 and engine.cache.n_used == case.n_depth + 8
         filled.append(max(0, case.n_depth - before))
         assert told == ["depth run 1/1"] * bool(filled[-1]) + ["prompt run 1/1"]
     return made, filled
@@ -65,4 +65,18 @@ def test_small_tests_run_where_large_ones_do_not_fit(
     first = _cases(path)[0]
     runner = EngineRunner(_cases(path), repetitions=1, warmup=False, roof=False)
     assert runner(first).samples_ns
-    assert runner._engine is not None and runner._engine[1].n_ctx < 300
+    (engine,) = runner._engines.values()
+    assert engine.n_ctx < 300
+
+
+def test_engines_that_are_kept_take_turns(
+    monkeypatch: pytest.MonkeyPatch, tiny_model: TinyModel
+) -> None:
+    found = [c for c in _cases(tiny_model("tiny-lite", "F32")) if not c.n_depth]
+    runner = EngineRunner(found, repetitions=1, warmup=False, roof=False, keeps=2)
+    for case in (*found, *found):
+        runner(case)
+    assert len(found) == len(runner._engines) == 2
+    first = list(runner._engines.values())
+    runner(found[0])
+    assert list(runner._engines.values()) == first
