@@ -14,6 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 LEVELS = (
     ("mlacli.__main__", "mlacli.cli"),
     ("mlacli.chat",),
+    ("mlacli.inside",),
     ("mlacli.bench", "mlacli.bench_table", "mlacli.bench_runner", "mlacli.session", "mlacli.sweep"),
     ("mlacli.generation", "mlacli.session_file", "mlacli.signals"),
     (
