@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
-from mlacli.errors import UsageError
+from mlacli.errors import SpaceError, UsageError
 
 Data = bytes | memoryview
 
@@ -50,3 +50,11 @@ def write_whole(path: Path, parts: Iterable[Data]) -> int:
     finally:
         os.close(entry)
     return size
+
+
+def write_text(flag: str, path: Path, text: str) -> None:
+    """A text file, whole or not at all. Raises SpaceError, which begins with `flag`."""
+    try:
+        write_whole(path, [text.encode("utf-8", "backslashreplace")])
+    except OSError as problem:
+        raise SpaceError(f"{flag}: {path}: {problem.strerror}") from problem

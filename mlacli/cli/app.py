@@ -27,6 +27,8 @@ COMMANDS = {
     "sweep": "Measure the speed behind more and more tokens.",
     "compare": "Put two results of bench or sweep side by side.",
     "report": "Show what a model needs: cache, buffers, work per token.",
+    "graph": "Show what is computed for a batch, node by node.",
+    "kernels": "List, print and measure the kernels that do it.",
 }
 _COMPLETION = ("--install-completion", "--show-completion")
 

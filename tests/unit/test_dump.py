@@ -94,7 +94,7 @@ def expected(path: Path, tokens: list[int]) -> dict[str, Array]:
         found[f"ffn_moe_gate-{routing.layer}"], found[f"ffn_moe_up-{routing.layer}"] = gate, up
         found[f"ffn_moe_swiglu-{routing.layer}"] = hidden
         slots = zip(routing.experts.ravel(), hidden.reshape(-1, hidden.shape[-1]), strict=True)
-        down = np.array([_expert(model, routing.layer, e)[2] @ h for e, h in slots])
+        down = np.array([_expert(model, routing.layer, int(e))[2] @ h for e, h in slots])
         found[f"ffn_moe_down-{routing.layer}"] = down.reshape(*routing.experts.shape, -1)
     found["result_output"] = result.logits
     return found
