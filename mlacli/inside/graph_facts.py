@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import groupby
 
+from codegen.targets.base import Target
 from mlacli.context import ContextPlan, PlannedGraph, plan_context
 from mlacli.engine import load_model
 from mlacli.errors import UsageError
@@ -18,8 +19,6 @@ from mlacli.graph.matrix import Matrix
 from mlacli.graph.node import Dim, Node
 from mlacli.graph.ops import lower_graph
 from mlacli.machine import this_target
-from mlacli.model.config import ModelConfig
-from mlacli.model.weights import Weights
 from mlacli.settings import RunSettings
 
 _LAYER = re.compile(r"-(\d+)(?:\.(\d+))?(_q)?$")
@@ -80,7 +79,7 @@ class Part:
 
 def graphs_of(settings: RunSettings) -> tuple[GraphFacts, ...]:
     """Every graph that `run` would have with these settings. Raises MlaError."""
-    return tuple(map(facts, planned(settings)[2].graphs.values()))
+    return tuple(map(facts, planned(settings, this_target()).graphs.values()))
 
 
 def named(graphs: tuple[GraphFacts, ...], name: str | None) -> tuple[GraphFacts, ...]:
@@ -93,12 +92,11 @@ def named(graphs: tuple[GraphFacts, ...], name: str | None) -> tuple[GraphFacts,
     return (known[name],)
 
 
-def planned(settings: RunSettings) -> tuple[ModelConfig, Weights, ContextPlan]:
+def planned(settings: RunSettings, target: Target) -> ContextPlan:
     """The context that these settings give, planned; one that does not fit, too."""
     model = load_model(settings.model)
     n_ctx = wanted_context(model.config, settings, available_bytes(), lambda line: None)
-    plan = plan_context(model.config, model.weights, settings, this_target(), n_ctx=n_ctx)
-    return model.config, model.weights, plan
+    return plan_context(model.config, model.weights, settings, target, n_ctx=n_ctx)
 
 
 def facts(planned: PlannedGraph) -> GraphFacts:

@@ -83,9 +83,7 @@ def _box(graph: GraphFacts, node: NodeFacts, heads: list[int]) -> _Place:
     lines = [node.name + times, f"{node.op}  {shape_text(node.shape)}  {node.dtype}"]
     leaves = [name for name in node.inputs if name in graph.leaves]
     lines += [
-        input_text(name, graph.leaves[name])
-        for name in leaves
-        if graph.leaves[name].op == "weight"
+        input_text(name, graph.leaves[name]) for name in leaves if graph.leaves[name].op == "weight"
     ]
     inputs = [name for name in leaves if graph.leaves[name].op == "input"]
     if inputs:
@@ -139,12 +137,11 @@ def _order(ranks: list[list[_Place]]) -> None:
     for sweep in range(_SWEEPS):
         down = sweep % 2 == 0
         for rank in ranks if down else reversed(ranks):
-
-            def mean(place: _Place, down: bool = down) -> float:
-                near = place.above if down else place.below
-                return sum(at[id(p)] for p in near) / len(near) if near else at[id(place)]
-
-            rank.sort(key=mean)
+            means = {}
+            for place in rank:
+                near = (place.above if down else place.below) or [place]
+                means[id(place)] = sum(at[id(p)] for p in near) / len(near)
+            rank.sort(key=lambda place, means=means: means[id(place)])  # type: ignore[misc]
             at |= {id(place): i for i, place in enumerate(rank)}
 
 

@@ -118,7 +118,9 @@ def modes_text(settings: RunSettings) -> str:
         rows: list[Sequence[object]] = [
             ("graph", *((found[m][-1 if last else 0].name if m in counts else "-") for m in MODES))
         ]
-        rows += [(op, *((counts[m][op] or "" if m in counts else "-") for m in MODES)) for op in ops]
+        rows += [
+            (op, *((counts[m][op] or "" if m in counts else "-") for m in MODES)) for op in ops
+        ]
         rows.append(("total", *((counts[m].total() if m in counts else "-") for m in MODES)))
         header = (title, *(f"-mla {mla} {_flash(fa)}" for mla, fa in MODES))
         lines += [*_table(rows, header, "l" + "r" * len(MODES)), ""]

@@ -11,10 +11,12 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from mlacli.__main__ import main
 from mlacli.engine import Engine
-from mlacli.errors import UsageError
+from mlacli.errors import SpaceError, UsageError
+from mlacli.inside import dump as dump_module
 from mlacli.inside.dump import Dumper, npz_parts, run_dump
-from mlacli.settings import Request, RunSettings
+from mlacli.settings import Request, RunSettings, fitted
 from tests import reference
 from tests.conftest import TinyModel
 from tests.engines import make_engine, oracle
@@ -196,18 +198,19 @@ def silent(_: str) -> None:
     """A note that nobody reads."""
 
 
-def test_run_writes_an_npz_file(path: Path, tmp_path: Path, monkeypatch: Any) -> None:
+def test_run_writes_an_npz_file(path: Path, tmp_path: Path) -> None:
     lines: list[str] = []
     file = tmp_path / "t.npz"
     request = Request("hello hello", raw=True)
-    settings = RunSettings(mla=1, n_ubatch=512, n_ctx=512)
+    settings = fitted(model=path, mla=1, n_ubatch=BATCH, n_ctx=256, n_threads=2, type_k="f32")
     pattern = re.compile("^l_out-[01]$")
     assert run_dump(settings, request, pattern, file, write=lines.append, note=silent) == 0
     with np.load(file) as found:
         assert set(found) == {"inp_tokens", "inp_pos", "l_out-0", "l_out-1"}
-        n = len(found["inp_tokens"])
-        assert found["l_out-0"].shape == (n, 256) and found["l_out-0"].dtype == np.float32
-        assert found["inp_pos"].tolist() == list(range(n))
+        tokens = found["inp_tokens"].tolist()
+        assert found["inp_pos"].tolist() == list(range(len(tokens)))
+        assert found["l_out-0"].dtype == np.float32
+        assert reference.nmse(found["l_out-1"], expected(path, tokens)["l_out-1"]) < EXACT
         total = found["l_out-1"].sum(dtype=np.float64)
     assert f"sum = {total:.6f}" in lines[-1] and len(lines) == 4
 
@@ -216,11 +219,35 @@ def test_what_matches_nothing_is_refused(monkeypatch: Any, tmp_path: Path) -> No
     """Before anything is compiled, with the nearest names."""
     prepare: Callable[..., None] = lambda *_: pytest.fail("compiled")  # noqa: E731
     monkeypatch.setattr(Engine, "prepare", prepare)
+    file, settings = tmp_path / "t.npz", RunSettings(mla=1)
     with pytest.raises(UsageError, match=r"no tensor matches 'lout-3' \(nearest: l_out-3"):
-        run_dump(
-            RunSettings(), Request("hi"), re.compile("lout-3"), tmp_path / "t.npz",
-            write=silent, note=silent,
-        )  # fmt: skip
+        run_dump(settings, Request("hi"), re.compile("lout-3"), file, write=silent, note=silent)
+
+
+def test_more_than_there_is_memory_for_is_refused(monkeypatch: Any, path: Path) -> None:
+    monkeypatch.setattr(dump_module, "available_bytes", lambda: 1 << 20)
+    dumper = Dumper(make_engine(path, mla=1), re.compile("l_out"))
+    with pytest.raises(SpaceError, match=r"--dump-tensors: these tensors take .* MiB, 1.00 MiB av"):
+        dumper.check(["absorbed"], 1 << 16)
+
+
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        (["--dump-tensors", "("], "--dump-tensors: '(' is no expression (missing )"),
+        (["--dump-tensors", ""], "--dump-tensors: the expression is empty"),
+        (["--dump-tensors", "a", "--dump-file", "a.txt"], "--dump-file: a.txt: the name does not"),
+        (["--dump-file", "a.npz"], "--dump-file: needs --dump-tensors REGEX"),
+        (["--dump-tensors", "a", "-i"], "--dump-tensors: needs a prompt"),
+    ],
+)
+def test_wrong_flags_give_one_line(
+    words: list[str], complaint: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["run", "-p", "hi", *words]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and captured.err.startswith(f"error: {complaint}")
+    assert captured.err.count("\n") == 1
 
 
 def test_an_npz_file_is_made_piece_by_piece(tmp_path: Path) -> None:
