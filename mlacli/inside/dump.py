@@ -73,12 +73,14 @@ class Dumper:
     def dump(self, tokens: Sequence[int]) -> None:
         """Evaluate a prompt in an empty context. Raises Cancelled."""
         self.engine.watcher = self
-        for i, (start, stop, graph) in enumerate(_steps(self.engine, len(tokens))):
-            wanted = [stop - start - 1] if stop == len(tokens) else []
-            part = tokens[start:stop]
-            self.engine.step(part, range(start, stop), [0] * len(part), wanted)
-            self._finish(graph, i, part, start)
-        self.engine.watcher = None
+        try:
+            for i, (start, stop, graph) in enumerate(_steps(self.engine, len(tokens))):
+                wanted = [stop - start - 1] if stop == len(tokens) else []
+                part = tokens[start:stop]
+                self.engine.step(part, range(start, stop), [0] * len(part), wanted)
+                self._finish(graph, i, part, start)
+        finally:
+            self.engine.watcher = None
 
     def _finish(self, graph: str, index: int, tokens: Sequence[int], first: int) -> None:
         """Keep what the step just done has given."""
@@ -142,12 +144,12 @@ def run_dump(
                 dumper.dump(tokens)
             except Cancelled:
                 return EXIT_OF_SIGNAL[received[0]]
-    for line in _listed(dumper.arrays):
-        write(line + "\n")
     try:
         size = write_whole(path, npz_parts(dumper.arrays))
     except OSError as problem:
         raise SpaceError(f"{FILE_FLAG}: {path}: {problem.strerror}") from problem
+    for line in _listed(dumper.arrays):
+        write(line + "\n")
     names = ", ".join(graphs)
     note(
         f"dump: {len(dumper.arrays)} arrays of {len(tokens)} tokens ({names} graph), "

@@ -35,7 +35,7 @@ def dot_text(graph: GraphFacts, *, every: bool) -> str:
     shown: dict[str, NodeFacts] = {}
     for i, (title, nodes) in enumerate(sections(graph, every=every)):
         shown |= {node.name: node for node in nodes}
-        body = [f"  {_quoted(node.name)} [{_label(node)}];" for node in nodes]
+        body = [f"  {_quoted(node.name)} [{_label(node, graph)}];" for node in nodes]
         if title:
             label = _quoted(title.removeprefix("-- "))
             body = [f"  subgraph cluster_{i} {{", f"    label={label};", *body, "  }"]
@@ -67,9 +67,10 @@ def _edges(
             yield f"  {_quoted(name)} -> {_quoted(node.name)};"
 
 
-def _label(node: NodeFacts) -> str:
+def _label(node: NodeFacts, graph: GraphFacts) -> str:
     lines = [node.name, f"{node.op}  {shape_text(node.shape)}  {node.dtype}"]
-    lines += [input_text(name, None) for name in node.inputs if name.endswith(".weight")]
+    leaves = [graph.leaves[name] for name in node.inputs if name in graph.leaves]
+    lines += [input_text(leaf.name, leaf) for leaf in leaves if leaf.op == "weight"]
     text = "\\n".join(_escaped(line) for line in lines)
     return f'label="{text}", fillcolor="{COLOURS[kind(node.op)]}"'
 

@@ -84,7 +84,7 @@ def input_text(name: str, leaf: LeafFacts | None) -> str:
     """A weight with its type, without its layer."""
     if leaf is None or leaf.op != "weight":
         return name
-    return f"{_PREFIX.sub('', name).removesuffix('.weight')}:{leaf.dtype}"
+    return f"{_PREFIX.sub('', name).replace('.weight', '', 1)}:{leaf.dtype}"
 
 
 def shape_text(shape: Sequence[int | str]) -> str:
