@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from mlacli.__main__ import main
+from mlacli.cli.app import COMMANDS
 
 CACHE_TYPES = "f32, f16, bf16, q8_0, q8_KV, q6_0, q4_0, iq4_nl, q5_0"
 
@@ -72,7 +73,7 @@ REFUSED = {
     "run model.gguf": "'model.gguf': belongs to no flag (a value with spaces needs quotes)",
     "run -rtr 1": "'1': belongs to no flag (a value with spaces needs quotes)",
     # commands
-    "rnu": "'rnu': no such command (one of run, chat, bench, sweep, compare, report)",
+    "rnu": f"'rnu': no such command (one of {', '.join(COMMANDS)})",
     "-m x.gguf": "-m: comes after a command, as in: mlacli run -m ...",
     "report -mla 4": "-mla: 4 is out of range (0 to 3)",
     "report -p x": "-p: no such flag",
