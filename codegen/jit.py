@@ -88,6 +88,17 @@ def assembly(spec: KernelSpec, target: Target) -> str:
     return text
 
 
+def optimised_ir(spec: KernelSpec, target: Target) -> str:
+    """The kernel's LLVM IR as LLVM leaves it, for any target."""
+    return str(optimise(spec.ir(target), target_machine(target)))
+
+
+def code_bytes(payload: bytes) -> int:
+    """Bytes of instructions in object code that a compiler of ours made."""
+    sections = llvm.ObjectFileRef.from_data(payload).sections()
+    return sum(int(section.size()) for section in sections if section.is_text())
+
+
 class Jit:
     """Compiles kernels for one target and keeps them loaded as long as the process lives.
 

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -25,6 +25,7 @@ from mlacli.gguf.reader import GGUFFile, MappedFile, open_gguf
 from mlacli.graph.node import Dim, Node
 from mlacli.graph.ops import lower_graph
 from mlacli.graph.program import Memory, Program
+from mlacli.graph.watch import Step, Watcher
 from mlacli.memory import allocate, copy_of
 from mlacli.model.choose import FEW_TOKENS, MachineProfile, chooser
 from mlacli.model.config import ModelConfig, read_config
@@ -85,7 +86,8 @@ def _copied(file: GGUFFile, huge: bool, progress: Progress | None) -> GGUFFile:
 class Engine:
     """A context over a model. One step at a time; `cancel` may come from any thread.
 
-    While there is a `profile`, it is told the times of every step.
+    While there is a `profile`, it is told the times of every step; while there is a `watcher`, it
+    is shown the nodes that it asks for instead.
     """
 
     def __init__(
@@ -118,6 +120,7 @@ class Engine:
         self.pool = pool or Pool(jit, max(settings.n_threads, settings.n_threads_batch))
         self._policies = settings.policy(batch=True), settings.policy()  # [few tokens]
         self.profile: Profile | None = None
+        self.watcher: Watcher | None = None
         self._jit = jit
         self._arena = allocate(self.plan.arena_bytes, "the compute buffer", huge=settings.thp)
         self._output = allocate(self.plan.output_bytes, "the output buffer")
@@ -173,18 +176,25 @@ class Engine:
         if len(wanted) > limit:
             raise UsageError(f"logits of {len(wanted)} tokens wanted, at most {limit} planned")
         start = time.perf_counter_ns()
-        program = self.program(self.graph_name(n))
+        name = self.graph_name(n)
+        program = self.program(name)
         cells = self.cache.allocate(positions, sequences)
-        self._fill(tokens, positions, sequences, cells, wanted)
+        sizes = {Dim.N_TOKENS: n, Dim.N_KV: self.cache.n_rows, Dim.N_OUT: len(wanted)}
+        self._fill(tokens, positions, sequences, cells, wanted, sizes)
         few = n <= FEW_TOKENS
         threads = self.settings.n_threads if few else self.settings.n_threads_batch
         self.pool.follow(self._policies[few])
         records = self.profile.records(program, threads) if self.profile else None
-        if not program.run(self.pool, threads, records):
+        if self.watcher:
+            seen = self.watcher.begin(Step(name, tokens, positions, cells, sizes))
+            is_done = program.run_watched(self.pool, threads, seen, self.watcher.see)
+        else:
+            is_done = program.run(self.pool, threads, records)
+        if not is_done:
             self.pool.clear_cancel()
             self.cache.release(cells)
             raise Cancelled
-        if self.profile:
+        if self.profile and not self.watcher:
             batch = Batch(n, self.cache.n_rows, len(wanted))
             self.profile.add(program, batch, time.perf_counter_ns() - start)
         vocab = self.model.config.n_vocab
@@ -203,6 +213,7 @@ class Engine:
         sequences: Sequence[int],
         cells: npt.NDArray[np.int32],
         wanted: Sequence[int],
+        sizes: Mapping[Dim, int],
     ) -> None:
         n, inputs = len(tokens), self._inputs
         inputs["tokens"][:n] = tokens
@@ -212,7 +223,6 @@ class Engine:
         inputs["out_rows"][: len(wanted)] = wanted
         inputs["rope"][:n] = self._rotations(positions)
         for i, dim in enumerate(Dim):
-            sizes = {Dim.N_TOKENS: n, Dim.N_KV: self.cache.n_rows, Dim.N_OUT: len(wanted)}
             self._dims[i] = sizes[dim]
 
     def _rotations(self, positions: Sequence[int]) -> npt.NDArray[np.float32]:

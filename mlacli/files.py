@@ -8,7 +8,20 @@ import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
+from mlacli.errors import SpaceError, UsageError
+
 Data = bytes | memoryview
+
+
+def check_target(flag: str, path: Path, suffixes: tuple[str, ...]) -> None:
+    """Raise UsageError, before slow work begins, where no such file can be written."""
+    if path.suffix not in suffixes:
+        what = suffixes[0] if len(suffixes) == 1 else f"one of {', '.join(suffixes)}"
+        raise UsageError(f"{flag}: {path}: the name does not end with {what}")
+    if path.is_dir():
+        raise UsageError(f"{flag}: {path}: is a folder")
+    if not path.absolute().parent.is_dir():
+        raise UsageError(f"{flag}: {path}: there is no such folder")
 
 
 def write_whole(path: Path, parts: Iterable[Data]) -> int:
@@ -37,3 +50,11 @@ def write_whole(path: Path, parts: Iterable[Data]) -> int:
     finally:
         os.close(entry)
     return size
+
+
+def write_text(flag: str, path: Path, text: str) -> None:
+    """A text file, whole or not at all. Raises SpaceError, which begins with `flag`."""
+    try:
+        write_whole(path, [text.encode("utf-8", "backslashreplace")])
+    except OSError as problem:
+        raise SpaceError(f"{flag}: {path}: {problem.strerror}") from problem

@@ -199,6 +199,25 @@ class ByteSize:
         return value
 
 
+@dataclass(frozen=True)
+class Expression:
+    """A regular expression, Python's."""
+
+    flag: str
+
+    def check(self, value: re.Pattern[str]) -> None:
+        if not value.pattern:
+            raise UsageError(f"{self.flag}: the expression is empty")
+
+    def parse(self, text: str) -> re.Pattern[str]:
+        try:
+            value = re.compile(text)
+        except (re.error, RecursionError, OverflowError) as problem:
+            raise UsageError(f"{self.flag}: {text!r} is no expression ({problem})") from problem
+        self.check(value)
+        return value
+
+
 class Rule(Protocol):
     """What a flag's values must be."""
 

@@ -59,9 +59,13 @@ def this_target() -> Target:
 
 def make_jit() -> Jit:
     """The compiler for `this_target` with the object cache. Raises UsageError."""
-    target = this_target()
+    return Jit(this_target(), object_cache(), available_cpus())
+
+
+def object_cache() -> ObjectCache | None:
+    """Where compiled kernels are kept; None when there is no folder for it."""
     folder = ENV.cache_dir
-    return Jit(target, ObjectCache(folder / "objects") if folder else None, available_cpus())
+    return ObjectCache(folder / "objects") if folder else None
 
 
 class Roof:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlacli.errors import SpaceError, UsageError
-from mlacli.files import write_whole
+from mlacli.files import check_target, write_whole
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -16,10 +16,7 @@ SUFFIXES = (".png", ".svg", ".pdf")
 
 def check_picture(flag: str, path: Path) -> None:
     """Raise UsageError, before anything is measured, where no picture can be drawn into `path`."""
-    if path.suffix not in SUFFIXES:
-        raise UsageError(f"{flag}: {path}: the name ends with none of {', '.join(SUFFIXES)}")
-    if not path.absolute().parent.is_dir():
-        raise UsageError(f"{flag}: {path}: there is no such folder")
+    check_target(flag, path, SUFFIXES)
     try:
         import matplotlib  # noqa: F401
     except ModuleNotFoundError:

@@ -19,23 +19,19 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
-
-import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from codegen import job as job_layout
 from codegen.call import aligned_bytes
 from codegen.formats import BlockFormat
 from codegen.jit import Jit, host_target
-from codegen.kernel import KernelSpec
 from codegen.kernels import roof
-from codegen.pool import LAUNCH_WORDS, Pool, aligned_words
-from scripts.kernel_work import MAKERS, Array, Case, Work, cases, floats, weight_pool
+from codegen.pool import Pool
+from mlacli.inside.kernel_data import Array, floats, weight_pool
+from mlacli.inside.kernel_time import Launches, launches, passes
+from scripts.kernel_work import MAKERS, Case, Work, cases
 
-# Runs of a few milliseconds, that another process is not likely to interrupt.
-PEAK_ROUNDS, READ_BYTES, PASS_SECONDS = 200_000, 32 << 20, 3e-3
+PEAK_ROUNDS, READ_BYTES = 200_000, 32 << 20
 
 
 @dataclass(frozen=True)
@@ -47,45 +43,6 @@ class Settings:
     clock: Callable[[], float] = time.perf_counter
     pool_bytes: int = 768 << 20  # more than caches hold
     shrink: int = 1
-
-
-@dataclass
-class Launches:
-    """A launch table with what it points to, and its tile counters, zeroed before each run."""
-
-    table: Array
-    counters: Array
-    keep: list[Any] = field(default_factory=list)
-
-    def seconds(self, pool: Pool, n_threads: int, clock: Callable[[], float]) -> float:
-        self.counters[:] = 0
-        start = clock()
-        pool.run(self.table, n_threads)
-        return clock() - start
-
-
-def launches(jit: Jit, spec: KernelSpec, calls: Sequence[dict[str, Array | int]]) -> Launches:
-    """One kernel, called with one set of arguments after another, a barrier before each."""
-    address, n_counters = jit.load(spec)
-    words = job_layout.LINE_WORDS * max(1, n_counters)
-    made = Launches(
-        np.zeros((len(calls), LAUNCH_WORDS), np.int64), aligned_words(words * len(calls))
-    )
-    for i, arguments in enumerate(calls):
-        table, sizes = aligned_words(len(spec.params) + 1), np.zeros(len(spec.params), np.int64)
-        for slot, (name, param) in enumerate(spec.params.items()):
-            given = arguments[name]
-            if isinstance(given, np.ndarray):
-                table[slot] = given.ctypes.data
-            elif param.kind == "dim":
-                sizes[slot] = given
-                table[slot] = sizes[slot:].ctypes.data
-            else:
-                table[slot] = given
-        table[-1] = made.counters[i * words :].ctypes.data
-        made.table[i, :3] = address, table.ctypes.data, 1
-        made.keep += [table, sizes, arguments]
-    return made
 
 
 @dataclass(frozen=True)
@@ -136,14 +93,9 @@ class Bench:
             turn = {name: given[copy % len(given)] for name, given in work.in_turn.items()}
             return work.arguments | moved | turn
 
-        once = launches(self.jit, work.spec, [arguments(0)])
-        seconds = min(once.seconds(self.pool, n_threads, time.perf_counter) for _ in range(2))
-        calls = int(min(max(1.0, PASS_SECONDS / seconds), 200.0))
-        tables = [
-            launches(self.jit, work.spec, [arguments(first + i) for i in range(calls)])
-            for first in range(1, 1 + self.settings.repeats * calls, calls)
-        ]
-        return tables, calls
+        made = passes(self.jit, self.pool, work.spec, arguments, n_threads, self.settings.repeats)
+        tables, calls = zip(*made, strict=True)
+        return list(tables), calls[0]
 
     def line(self, case: Case, n_threads: int) -> str:
         """Time a case and its roofs in turn."""

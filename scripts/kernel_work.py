@@ -5,29 +5,23 @@ Shapes are DeepSeek-V2-Lite's. Further kernels: add a maker to `MAKERS` and line
 
 from __future__ import annotations
 
-import mmap
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import cache
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from codegen.call import aligned_bytes
 from codegen.formats import CACHE_FORMATS, WEIGHT_FORMATS, BlockFormat
 from codegen.kernel import KernelSpec
 from codegen.kernels import attention, matmul, moe, moe_few
-from codegen.kernels.activations import MAGIC, MAGIC_BITS, row_bytes
+from codegen.kernels.activations import row_bytes
 from codegen.kernels.blocks import BLOCK
 from codegen.kernels.panel import panel_bytes
 from codegen.targets.base import Target
-from mlacli.gguf.quants import quantise
-
-Array = NDArray[Any]
+from mlacli.inside.kernel_data import Array, cache_rows, coded_rows, floats, routing
 
 N_EXPERT, N_USED = 64, 6
-PATTERN_BYTES = 1 << 20
 POOL_BYTES = 128 << 20  # of caches that take turns
 
 
@@ -75,45 +69,13 @@ class Work:
 # -- inputs ---------------------------------------------------------------------------------------
 
 
-@cache
-def pattern(fmt: BlockFormat) -> Array:
-    """About a megabyte of valid blocks: random bytes would hold denormals and NaN."""
-    n = max(fmt.size, BLOCK)
-    rows = PATTERN_BYTES // fmt.row_bytes(n)
-    values = np.random.default_rng(0).normal(size=(rows // 64, n)).astype(np.float32)
-    return np.tile(quantise(values, fmt).reshape(-1), 64)
-
-
-def weight_pool(fmt: BlockFormat, nbytes: int) -> Array:
-    """In small pages, as a mapped file has them."""
-    memory = mmap.mmap(-1, nbytes)
-    if hasattr(mmap, "MADV_NOHUGEPAGE"):
-        memory.madvise(mmap.MADV_NOHUGEPAGE)
-    data = np.frombuffer(memory, np.uint8)
-    part = pattern(fmt)
-    for start in range(0, nbytes, part.nbytes):
-        data[start : start + part.nbytes] = part[: nbytes - start]
-    return data
-
-
 def inputs(case: Case, n_rows: int) -> Array:
     """Activation rows of small numbers: a8, or f32 for float formats."""
     if not case.fmt.integer_dot:
         rows = aligned_bytes(4 * n_rows * case.n_cols)
         rows.view(np.float32)[:] = 0.5
         return rows
-    n, pitch = case.n_cols, row_bytes(case.n_cols)
-    rows = aligned_bytes(n_rows * pitch)
-    shaped = rows.reshape(n_rows, pitch)
-    shaped[:, :n] = np.arange(n) % 100
-    d, start, offset = (shaped[:, n + i * n // 8 : n + (i + 1) * n // 8] for i in range(3))
-    d.view(np.float32)[:], offset.view(np.float32)[:] = 0.5, -0.5 * MAGIC
-    start.view(np.int32)[:] = MAGIC_BITS
-    return rows
-
-
-def floats(*shape: int) -> Array:
-    return aligned_bytes(4 * int(np.prod(shape))).view(np.float32).reshape(shape)
+    return coded_rows(n_rows, case.n_cols)
 
 
 def hidden_rows(case: Case, n: int) -> Array:
@@ -126,15 +88,6 @@ def scratch(case: Case, target: Target, n_threads: int, coded_tokens: int = 0) -
     room = -(-panel_bytes(target, case.fmt, case.n_cols) // 64) * 64
     room += moe.waiting_bytes(target, coded_tokens)
     return aligned_bytes(room * n_threads), room
-
-
-def routing(n_tokens: int, seed: int = 0) -> tuple[Array, Array, Array]:
-    """(ids, offsets, order): tokens go to experts at random, all experts about equally often."""
-    rng = np.random.default_rng(seed)
-    ids = np.stack([rng.permutation(N_EXPERT)[:N_USED] for _ in range(n_tokens)]).astype(np.int32)
-    order = np.argsort(ids.ravel(), kind="stable").astype(np.int32)
-    counts = np.bincount(ids.ravel(), minlength=N_EXPERT)
-    return ids, np.concatenate([[0], np.cumsum(counts)]).astype(np.int32), order
 
 
 # -- kernels --------------------------------------------------------------------------------------
@@ -193,7 +146,7 @@ def dense_gate(case: Case, target: Target, n_threads: int) -> Work:
 
 def experts(case: Case, target: Target, n_threads: int) -> Work:
     """The moe_ kernels. Of a stack, only the experts that are chosen are read."""
-    ids, offsets, order = routing(case.n_tokens)
+    ids, offsets, order = routing(case.n_tokens, N_EXPERT, N_USED)
     few, gated = case.maker.endswith("_vec"), "up_gate" in case.maker
     n_slots, n_read = ids.size, len(np.unique(ids))
     by_token = few and case.label != "down"
@@ -211,7 +164,7 @@ def experts(case: Case, target: Target, n_threads: int) -> Work:
     in_turn: dict[str, list[Array]] = {}
     if few:
         sizes["n_used"] = N_USED
-        in_turn["ids"] = [routing(case.n_tokens, seed)[0] for seed in range(64)]
+        in_turn["ids"] = [routing(case.n_tokens, N_EXPERT, N_USED, seed)[0] for seed in range(64)]
         if case.maker == "moe_matmul_vec":
             sizes["per_slot"] = not by_token
     else:
@@ -263,12 +216,6 @@ def flash(case: Case, target: Target, n_threads: int) -> Work:
     read = keys.nbytes if absorbed else keys.nbytes + n_kv * n_head * fmt.row_bytes(d_v)
     unit = "f32" if fmt is CACHE_FORMATS["f32"] else "int16"
     return Work(spec, arguments, (), 0, madds, read, in_turn, unit)
-
-
-def cache_rows(fmt: BlockFormat, n_rows: int, n: int) -> Array:
-    """Rows of a cache, alike by the dozen."""
-    values = np.random.default_rng(0).normal(size=(64, n)).astype(np.float32)
-    return np.resize(quantise(values, fmt), (n_rows, fmt.row_bytes(n)))
 
 
 Maker = Callable[[Case, Target, int], Work]

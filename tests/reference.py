@@ -248,13 +248,19 @@ class ReferenceModel:
         routing: list[Routing] = []
         forced = iter(experts or ())
         for layer in range(self.config.n_layer):
-            x = x + self._attention(layer, self._norm(x, layer, "attn_norm"), cache, tap)
+            h = self._norm(x, layer, "attn_norm")
+            tap(f"attn_norm-{layer}", h)
+            x = x + self._attention(layer, h, cache, tap)
             tap(f"ffn_inp-{layer}", x)
             h = self._norm(x, layer, "ffn_norm")
-            x = x + self._feed_forward(layer, h, routing, forced, tap)
+            tap(f"ffn_norm-{layer}", h)
+            out = self._feed_forward(layer, h, routing, forced, tap)
+            tap(f"ffn_out-{layer}", out)
+            x = x + out
             tap(f"l_out-{layer}", x)
         x = x if rows is None else x[np.asarray(rows, dtype=np.int64)]
         x = rms_norm(x, self.weights.get("output_norm.weight"), self.config.epsilon)
+        tap("result_norm", x)
         tied = "output.weight" not in self.weights
         output = self.weights.get("token_embd.weight" if tied else "output.weight")
         return Forward(x @ output.T, tuple(routing))
@@ -290,7 +296,8 @@ class ReferenceModel:
         k = cache.rounded("heads", np.concatenate([kv[..., : config.nope], shared_k_pe], axis=-1))
         v = cache.rounded("heads", kv[..., config.nope :])
         heads = attend(q, k, v, config.kq_scale, cache.positions, cache.sequences)
-        for name, value in (("q", q), ("c_kv", c_kv), ("k_pe", k_pe), ("kqv_out", heads)):
+        seen = {"kv_a": kv_a, "c_kv": c_kv, "k_pe": k_pe, "q": q, "k": k, "kv": kv}
+        for name, value in (*seen.items(), ("kqv_out", heads)):
             tap(f"{name}-{layer}", value)
         return self._linear(heads.reshape(n_tokens, -1), layer, "attn_output")
 
@@ -330,7 +337,9 @@ class ReferenceModel:
         tap(f"ffn_moe_logits-{layer}", logits)
         tap(f"ffn_moe_out-{layer}", out)
         if block + "ffn_gate_shexp.weight" in self.weights:
-            out += swiglu(x, *self._ffn(block, "shexp.weight"))
+            shared = swiglu(x, *self._ffn(block, "shexp.weight"))
+            tap(f"ffn_shexp-{layer}", shared)
+            out = out + shared
         return out
 
     def _ffn(self, block: str, suffix: str, expert: int | None = None) -> tuple[Array, ...]:

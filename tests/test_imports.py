@@ -14,6 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 LEVELS = (
     ("mlacli.__main__", "mlacli.cli"),
     ("mlacli.chat", "mlacli.doctor"),
+    ("mlacli.inside",),
     (
         *("mlacli.bench", "mlacli.bench_table", "mlacli.bench_records", "mlacli.bench_pivot"),
         *("mlacli.bench_db", "mlacli.bench_runner", "mlacli.session", "mlacli.sweep"),

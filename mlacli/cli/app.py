@@ -32,6 +32,8 @@ COMMANDS = {
     "doctor": "Look at what this machine offers, and what to do about it.",
     "tune": "Find the threads and batch sizes that suit a model here.",
     "config": "Show or change what flags are set to when they are not typed.",
+    "graph": "Show what is computed for a batch, node by node.",
+    "kernels": "List, print and measure the kernels that do it.",
 }
 _COMPLETION = ("--install-completion", "--show-completion")
 

@@ -41,7 +41,8 @@ def make_plan(
     scratch_bytes: Callable[[Node], int],
     keep: Collection[str] = (),
 ) -> Plan:
-    """Lay out all results of a graph. Nodes named in `keep` are never overwritten (for dumps)."""
+    """Lay out all results of a graph. The memory of nodes named in `keep` is given to no other
+    result; an op that takes it over in place still does (Program.run_watched sees every value)."""
     offsets: dict[int, int] = {}
     scratch: dict[int, int] = {}
     size = 0

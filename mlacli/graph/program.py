@@ -7,7 +7,7 @@ Barriers stand only where a launch touches memory that an earlier one, since the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -67,6 +67,31 @@ class Program:
         """One pass, its times into `records`; False when it was cancelled."""
         self._counters[:] = 0
         return pool.run(self.table, n_threads, records)
+
+    def run_watched(
+        self,
+        pool: Pool,
+        n_threads: int,
+        wanted: Collection[Node],
+        see: Callable[[Node, int], None],
+    ) -> bool:
+        """One pass that halts behind each of the `wanted` nodes: `see` is told the node and its
+        address while the memory still holds it. False when it was cancelled."""
+        self._counters[:] = 0
+        start = 0
+        for stop in self._ends():
+            node = self.nodes[stop - 1]
+            if node in wanted:
+                if not pool.run(self.table[start:stop], n_threads):
+                    return False
+                see(node, self.address(node))
+                start = stop
+        return start == len(self.table) or pool.run(self.table[start:], n_threads)
+
+    def _ends(self) -> Iterator[int]:
+        """For each node, the row behind its last launch."""
+        n = len(self.nodes)
+        return (i + 1 for i in range(n) if i + 1 == n or self.nodes[i + 1] is not self.nodes[i])
 
     def address(self, node: Node) -> int:
         """Where a node's memory is."""

@@ -1,0 +1,1 @@
+"""Looking inside: graphs, kernels and the numbers between them, for people who study both."""
