@@ -15,7 +15,7 @@ import numpy as np
 from codegen.jit import Jit
 from codegen.pool import Pool
 from mlacli.bench import BenchCase, BenchResult, ModelFacts
-from mlacli.engine import Cancelled, Engine, Model, load_model
+from mlacli.engine import Cancelled, Engine, Model, model_for
 from mlacli.errors import Interrupted, SpaceError
 from mlacli.machine import Peaks, Roof, cpu_name, machine_profile, make_jit, mean_peaks
 from mlacli.profile import Profiles
@@ -122,7 +122,7 @@ class EngineRunner:
         opened = (settings.model, settings.mmap, settings.thp, settings.rtr)
         if opened not in self._models:
             self._models.clear()
-            model = load_model(settings.model, mmap=settings.mmap, huge=settings.thp)
+            model = model_for(settings)
             self._models[opened] = model
         alike = (c.settings for c in self.cases if replace(c.settings, n_ctx=0) == kind)
         most = max([needed, *(other.n_ctx or 1 for other in alike)])

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,8 +19,11 @@ from codegen.kernels.shift import shift_rows
 from codegen.pool import Pool
 from mlacli.cache import Cache
 from mlacli.context import ContextPlan, plan_context
+from mlacli.cpu_count import available_cpus
 from mlacli.errors import UsageError
 from mlacli.fit import check_plan
+from mlacli.gguf.finite import check_values
+from mlacli.gguf.patch import patched
 from mlacli.gguf.reader import GGUFFile, open_gguf
 from mlacli.graph.node import Dim, Node
 from mlacli.graph.ops import lower_graph
@@ -30,7 +33,9 @@ from mlacli.model.choose import FEW_TOKENS, MachineProfile, chooser
 from mlacli.model.config import ModelConfig, read_config
 from mlacli.model.inventory import check_tensors
 from mlacli.model.repack import Progress, repack
+from mlacli.model.rope import rope_notes, rope_overrides
 from mlacli.model.weights import Weights
+from mlacli.overrides import FROM_FILE, Override, RopeSettings
 from mlacli.profile import Profile
 from mlacli.settings import RunSettings
 from mlacli.work import Batch
@@ -44,29 +49,57 @@ class Cancelled(Exception):
 
 @dataclass(frozen=True)
 class Model:
-    """An open, checked model file. `notes` are oddities that do no harm."""
+    """An open, checked model file. `notes` are oddities that do no harm, `overrides` the metadata
+    that differs from the file's."""
 
     file: GGUFFile
     config: ModelConfig
     weights: Weights
     notes: tuple[str, ...]
+    overrides: tuple[str, ...] = ()
 
 
-def load_model(path: Path, *, mmap: bool = True, huge: bool = False) -> Model:
-    """Open a file and check all of it but the numbers. Raises ModelError, SpaceError.
+def load_model(
+    path: Path,
+    *,
+    mmap: bool = True,
+    huge: bool = False,
+    overrides: Iterable[Override] = (),
+    rope: RopeSettings = FROM_FILE,
+) -> Model:
+    """Open a file and check all of it but the numbers. Raises ModelError, SpaceError, UsageError.
 
     Without `mmap` the file is read into anonymous memory, in huge pages if asked for.
     """
     file = open_gguf(path)
+    wanted = [*overrides, *rope_overrides(rope, file.metadata)]
+    patch = patched(file.metadata, wanted)
+    file = replace(file, metadata=patch.metadata)
     config = read_config(file)
-    notes = (*file.notes, *check_tensors(file, config))
+    notes = (*file.notes, *patch.notes, *rope_notes(rope, file.metadata))
+    notes = (*notes, *check_tensors(file, config))
     if not mmap:
         copies = [
             replace(part, bytes=copy_of(part.bytes, f"{part.path} (--no-mmap)", huge=huge))
             for part in file.files
         ]
         file = replace(file, files=tuple(copies))
-    return Model(file, config, Weights(file, config), notes)
+    return Model(file, config, Weights(file, config), notes, patch.applied)
+
+
+def model_for(settings: RunSettings) -> Model:
+    """The model that these settings name, loaded as they say; checked to the last number with
+    --check-tensors. Raises ModelError, SpaceError, UsageError."""
+    model = load_model(
+        settings.model,
+        mmap=settings.mmap,
+        huge=settings.thp,
+        overrides=settings.overrides,
+        rope=settings.rope,
+    )
+    if settings.check_tensors:
+        model = replace(model, notes=(*model.notes, check_values(model.file, available_cpus())))
+    return model
 
 
 class Engine:

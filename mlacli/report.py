@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, replace
 
 from codegen.formats import BlockFormat
 from mlacli.context import ContextPlan, PlannedGraph, plan_context
-from mlacli.engine import Model, load_model
+from mlacli.engine import Model, model_for
 from mlacli.fit import context_size, planned_need, wanted_context
 from mlacli.free_memory import available_bytes
 from mlacli.gguf.problem import printable
@@ -145,7 +145,7 @@ def make_report(settings: RunSettings, available: int | None = None) -> Report:
 
     Raises ModelError for a file that cannot run, UsageError for a flag that cannot work with it.
     """
-    model = load_model(settings.model)
+    model = model_for(replace(settings, mmap=True))
     config, target = model.config, this_target()
     available = available_bytes() if available is None else available
     notes = list(model.notes)

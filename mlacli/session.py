@@ -10,7 +10,7 @@ from typing import Any
 
 from codegen.jit import Jit
 from codegen.pool import Pool
-from mlacli.engine import Cancelled, Engine, Model, load_model
+from mlacli.engine import Cancelled, Engine, Model, model_for
 from mlacli.errors import UsageError
 from mlacli.fit import GIB, size_text
 from mlacli.generation import Generator, Timings, common_length
@@ -113,7 +113,7 @@ def open_session(
 ) -> Session:
     """Load a model and get everything ready. Raises MlaError."""
     timings = Timings()
-    model = load_model(settings.model, mmap=settings.mmap, huge=settings.thp)
+    model = model_for(settings)
     data = tokenizer_data(model.file.metadata, str(settings.model))
     tokenizer = Tokenizer(data, model.config.n_vocab)
     constraint = Constraint(request.grammar, tokenizer) if request.grammar else None

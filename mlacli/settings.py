@@ -14,6 +14,7 @@ from codegen.formats import CACHE_FORMATS, LATENT_CACHE_TYPES
 from mlacli.cpu_count import available_cpus, default_threads
 from mlacli.errors import UsageError
 from mlacli.limits import Choice, ExpertReduction, Switch, Text, check_fields, limited, ruled
+from mlacli.overrides import FROM_FILE, Override, OverrideRule, RopeSettings
 from mlacli.sampling_settings import MAX_INT, SamplingSettings, sampling_notes
 
 SAME_AS_THREADS = -1
@@ -49,6 +50,11 @@ class RunSettings:
     thp: bool = field(default=False, metadata=ruled(Switch("-thp")))
     mlock: bool = field(default=False, metadata=ruled(Switch("--mlock")))
     mmap: bool = field(default=True, metadata=ruled(Switch("--mmap")))
+    check_tensors: bool = field(default=False, metadata=ruled(Switch("--check-tensors")))
+    overrides: tuple[Override, ...] = field(
+        default=(), metadata=ruled(OverrideRule("--override-kv"), each=True)
+    )
+    rope: RopeSettings = FROM_FILE
     verbose: bool = False
 
     def __post_init__(self) -> None:

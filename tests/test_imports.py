@@ -29,6 +29,7 @@ LEVELS = (
         *("mlacli.gguf", "mlacli.text", "mlacli.settings", "mlacli.limits", "mlacli.cpu_count"),
         *("mlacli.debug", "mlacli.errors", "mlacli.memory", "mlacli.free_memory"),
         *("mlacli.sampling_settings", "mlacli.files", "mlacli.pictures"),
+        "mlacli.overrides",
     ),
     ("codegen",),
 )

@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from codegen.formats import CACHE_FORMATS, LATENT_CACHE_TYPES
+from mlacli.cli.model_flags import LOAD_MODES, SHOWN_DEFAULT, TEXTS, each_override, load_mode
 from mlacli.cli.options import flag, parameter
 from mlacli.limits import Rule
+from mlacli.overrides import RopeSettings
 from mlacli.sampling_settings import SAMPLERS
 from mlacli.settings import RunSettings, fitted
 
@@ -42,6 +44,13 @@ _TEXT: dict[str, tuple[str, str, str, str]] = {
     "thp": (MODEL, "-thp --transparent-huge-pages", "", "Huge pages where the system has them."),
     "mlock": (MODEL, "--mlock", "", "Keep the weights from being paged out."),
     "mmap": (MODEL, "--mmap/--no-mmap", "", "Map the file, or read it into memory."),
+    "check_tensors": (
+        MODEL,
+        "--check-tensors -vq --validate-quants",
+        "",
+        "Look for NaN and Inf in the weights before anything runs.",
+    ),
+    **TEXTS,
     "verbose": (MODEL, "-v --verbose", "", "Say more about what is chosen and why."),
     "mla": (
         ATTENTION,
@@ -182,6 +191,7 @@ _TEXT: dict[str, tuple[str, str, str, str]] = {
     "prompt_cache_ro": (PROMPT, "--prompt-cache-ro", "", "Read that file, but never write it."),
 }
 _SHOWN_DEFAULT = {
+    **SHOWN_DEFAULT,
     "model": DEMO_MODEL,
     "n_ctx": "what fits, at most 4096",
     "n_threads": "physical cores",
@@ -194,6 +204,13 @@ _SHOWN_DEFAULT = {
     "logit_bias": "",
     "reverse_prompt": "",
 }
+
+
+_LOAD_MODE = flag(
+    "-lm --load-mode", MODEL, LOAD_MODES, "The same in one word, as llama.cpp has it.", "auto"
+)
+# What is set by flags of its own inside a settings class.
+_PARTS = {RunSettings: (RunSettings, RopeSettings)}
 
 
 def meaning(field: str) -> str:
@@ -212,12 +229,15 @@ def shown_default(field: Field[Any]) -> str:
 
 def flags_of(*owners: type[Any]) -> Iterator[inspect.Parameter]:
     """A parameter for each field of these settings classes that has a flag; None: not given."""
-    for field in (field for owner in owners for field in fields(owner)):
+    every = [part for owner in owners for part in _PARTS.get(owner, (owner,))]
+    for field in (field for owner in every for field in fields(owner)):
         if field.name in _TEXT:
             section, names, placeholder, text = _TEXT[field.name]
             option = flag(names, section, placeholder, text, shown_default(field))
             one = list[str] if field.metadata.get("each") else str if placeholder else bool
             yield parameter(field.name, option, one | None)
+        if field.name == "mmap":
+            yield parameter("load_mode", _LOAD_MODE)
 
 
 def given(owner: type[Any], values: Mapping[str, Any]) -> dict[str, Any]:
@@ -236,7 +256,10 @@ def given(owner: type[Any], values: Mapping[str, Any]) -> dict[str, Any]:
 
 def run_settings(values: Mapping[str, Any]) -> RunSettings:
     """What the flags of RunSettings say. Raises UsageError."""
-    found = given(RunSettings, values)
+    found = given(RunSettings, each_override(values))
+    if values.get("load_mode") is not None:
+        found |= load_mode(values["load_mode"], found)
+    found["rope"] = RopeSettings(**given(RopeSettings, values))
     if "model" in found:
         found["model"] = Path(found["model"])
     return fitted(**found)

@@ -49,13 +49,13 @@ def sweep(
         console.note(f"note: {line}")
 
     from mlacli import sweep as sweeping
-    from mlacli.engine import Cancelled, load_model
+    from mlacli.engine import Cancelled, model_for
     from mlacli.machine import make_jit
     from mlacli.report import context_size
     from mlacli.session import start_engine
     from mlacli.signals import EXIT_OF_SIGNAL, stop_on_signals
 
-    model = load_model(settings.model, mmap=settings.mmap, huge=settings.thp)
+    model = model_for(settings)
     n_ctx = context_size(model.config, settings, note=console.note)
     engine = start_engine(model, settings, make_jit(), n_ctx)
     engine.prepare(*engine.plan.graphs)
