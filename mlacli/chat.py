@@ -62,6 +62,8 @@ class Conversation:
             generator.keep = kept(self.session, len(tokens))
             decoder = StreamDecoder(tokenizer)
             for token in generator.stream(logits, request.limit):
+                if request.special and tokenizer.is_control(token):
+                    yield tokenizer.piece(token).decode(errors="replace")  # shown, not said
                 if tokenizer.is_end_of_generation(token):
                     break
                 text = decoder.feed(token)

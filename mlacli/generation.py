@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from mlacli.engine import Cancelled, Engine, Logits
 from mlacli.profile import Profiles
 from mlacli.text.grammar import Constraint
+from mlacli.text.reasoning import Budget
 from mlacli.text.sampling import Sampler
 
 
@@ -77,6 +78,8 @@ class Generator:
     tokens: list[int] = field(default_factory=list)
     constraint: Constraint | None = None
     keep: int | None = None  # tokens that a context shift keeps in front; None: no shift
+    budget: Budget | None = None  # of thoughts
+    counted: Callable[[int], None] | None = None  # is told how many tokens the context holds
 
     def prompt(self, tokens: Sequence[int]) -> Logits:
         """Logits behind these tokens, of which there is at least one.
@@ -101,6 +104,8 @@ class Generator:
         timings.n_prompt += len(tokens) - n
         timings.n_reused += n
         self.tokens = list(tokens)
+        if self.budget:
+            self.budget.begin(tokens)
         last: Logits = logits[-1]
         return last
 
@@ -114,8 +119,11 @@ class Generator:
         for left in reversed(range(limit)):
             start = time.perf_counter()
             allowed = self.constraint.allowed() if self.constraint else None
-            token = self.sampler.sample(logits, allowed)
+            forced = self.budget.forced if self.budget else None
+            token = self.sampler.sample(logits, allowed) if forced is None else forced
             self.sampler.accept(token)
+            if self.budget:
+                self.budget.accept(token)
             goes_on = self.constraint is None or self.constraint.accept(token)
             timings.sample += time.perf_counter() - start
             timings.n_sample += 1
@@ -130,6 +138,8 @@ class Generator:
                 timings.generate += time.perf_counter() - start
                 timings.n_generate += 1
                 self.tokens.append(token)
+                if self.counted:
+                    self.counted(len(self.tokens))
 
     def _shift(self, next_token: int) -> None:
         """Make room: half of what may go goes, the oldest first."""

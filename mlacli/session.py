@@ -25,6 +25,7 @@ from mlacli.settings import Request, RunSettings
 from mlacli.signals import EXIT_OF_SIGNAL, stop_on_signals
 from mlacli.text.chat import ChatTemplate
 from mlacli.text.grammar import Constraint
+from mlacli.text.reasoning import END, Budget, Spoken, ends_in_a_thought
 from mlacli.text.sampling import Sampler
 from mlacli.text.templates import FALLBACK, NAMED
 from mlacli.text.tokenizer import Piece, StreamDecoder, Tokenizer
@@ -79,6 +80,12 @@ class Session:
             f"n_predict = {request.n_predict}"
         )
 
+    def warm_up(self) -> None:
+        """With --warmup, evaluate one token and forget it. Raises Cancelled."""
+        if self.request.warmup:
+            self.engine.eval([self.tokenizer.bos or 0], [0])
+            self.engine.cache.clear()
+
     def save(self) -> None:
         """Write --prompt-cache, unless it is only read. Raises SpaceError."""
         path = self.request.prompt_cache
@@ -125,7 +132,15 @@ def open_session(
     engine = start_engine(model, settings, jit, n_ctx)
     end_ids = () if constraint else tokenizer.end_ids
     sampler = Sampler(request.sampling, model.config.n_vocab, end_ids, tokenizer.piece)
-    generator = Generator(engine, sampler, timings, profiles, constraint=constraint)
+    generator = Generator(
+        engine,
+        sampler,
+        timings,
+        profiles,
+        constraint=constraint,
+        budget=None if constraint else _budget(tokenizer, request),
+        counted=_counter(request.token_count, n_ctx, note) if request.token_count > 0 else None,
+    )
     return Session(model, tokenizer, template, generator, jit, request)
 
 
@@ -147,6 +162,7 @@ def run_prompt(
         engine.prepare(engine.graph_name(batch), engine.graph_name(1))
         for line in session.jit.notes:
             note(f"note: {line}")
+        session.warm_up()
         timings.load = time.perf_counter() - timings.started
         session.restore(tokens, note)
         with stop_on_signals(engine) as received:
@@ -168,13 +184,21 @@ def _answer(session: Session, tokens: Sequence[int], write: Callable[[str], None
     session.generator.keep = kept(session, len(tokens))
     if not request.prompt_cache_all:
         session.save()
-    decoder = StreamDecoder(session.tokenizer)
+    decoder, spoken = StreamDecoder(session.tokenizer, request.special), None
+    if request.reasoning == "off" and request.reasoning_format in ("auto", "deepseek"):
+        inside = ends_in_a_thought(tokens, session.tokenizer.piece)
+        spoken = Spoken(write, inside=inside)
+        write = spoken.add
     for token in session.generator.stream(logits, request.limit):
         # -n -2 fills the context whatever the model says.
-        if session.tokenizer.is_end_of_generation(token) and request.n_predict != UNTIL_FULL:
+        ends = session.tokenizer.is_end_of_generation(token) and request.n_predict != UNTIL_FULL
+        if not ends or request.special:
+            write(decoder.feed(token))
+        if ends:
             break
-        write(decoder.feed(token))
     write(decoder.flush())
+    if spoken:
+        spoken.end()
 
 
 def kept(session: Session, n_prompt: int) -> int | None:
@@ -273,6 +297,24 @@ def rendered(
     for line in template.notes:
         note(f"note: {line}")
     return pieces
+
+
+def _budget(tokenizer: Tokenizer, request: Request) -> Budget | None:
+    """What ends thoughts, with --reasoning-budget."""
+    if request.reasoning_budget < 0:
+        return None
+    closing = [Piece(request.reasoning_message, special=False), Piece(END, special=True)]
+    return Budget(request.reasoning_budget, tokenizer.encode_pieces(closing), tokenizer.piece)
+
+
+def _counter(every: int, n_ctx: int, note: Callable[[str], None]) -> Callable[[int], None]:
+    """Says now and then how many tokens the context holds."""
+
+    def counted(n: int) -> None:
+        if n % every == 0:
+            note(f"tokens consumed so far = {n} / {n_ctx}")
+
+    return counted
 
 
 def _template(tokenizer: Tokenizer, request: Request) -> ChatTemplate | None:

@@ -6,7 +6,7 @@ from typing import Any
 
 from mlacli.cli import console
 from mlacli.cli.flags import run_settings
-from mlacli.cli.options import new_app, takes
+from mlacli.cli.options import accepted_notes, new_app, takes
 from mlacli.cli.request import REQUEST_FLAGS, read_request
 from mlacli.cli.run import RunCommand
 from mlacli.settings import notes
@@ -14,7 +14,14 @@ from mlacli.settings import notes
 app = new_app()
 
 
-@app.command("chat", cls=RunCommand)
+class ChatCommand(RunCommand):
+    # It is one anyway.
+    accepted = RunCommand.accepted | dict.fromkeys(
+        ("-cnv", "--cnv", "--conversation", "-i", "--interactive"), ""
+    )
+
+
+@app.command("chat", cls=ChatCommand)
 @takes(REQUEST_FLAGS)
 def chat(**values: Any) -> int:
     """Talk with a model: answers as they are made, /help for what else can be typed.
@@ -23,7 +30,7 @@ def chat(**values: Any) -> int:
     """
     settings = run_settings(values)
     request = read_request(values, raw=False, talks=True)
-    for line in notes(settings, request):
+    for line in (*accepted_notes(), *notes(settings, request)):
         console.note(f"note: {line}")
 
     from mlacli.cli.talk import talk

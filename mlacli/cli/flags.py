@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from codegen.formats import CACHE_FORMATS, LATENT_CACHE_TYPES
+from mlacli.cli import answer_flags
 from mlacli.cli.model_flags import LOAD_MODES, SHOWN_DEFAULT, TEXTS, each_override, load_mode
 from mlacli.cli.options import flag, parameter
 from mlacli.limits import Rule
@@ -90,7 +91,7 @@ _TEXT: dict[str, tuple[str, str, str, str]] = {
         "--sampling-seq --sampler-seq",
         "LETTERS",
         "The same, a letter each: e penalties, d dry, s top_n_sigma, k top_k, f tfs_z, "
-        "y typical_p, p top_p, m min_p, x xtc, t temperature.",
+        "y typical_p, p top_p, m min_p, x xtc, t temperature, w adaptive_p.",
     ),
     "temp": (SAMPLING, "--temp --temperature", "T", "0 takes the likeliest token."),
     "dynatemp_range": (
@@ -145,6 +146,7 @@ _TEXT: dict[str, tuple[str, str, str, str]] = {
     "mirostat": (SAMPLING, "--mirostat", "0|1|2", "Keep the surprise of the text steady; 0: off."),
     "mirostat_ent": (SAMPLING, "--mirostat-ent", "TAU", "That surprise, in bits per token."),
     "mirostat_lr": (SAMPLING, "--mirostat-lr", "ETA", "How fast it is corrected."),
+    **{field: (SAMPLING, *words) for field, words in answer_flags.SAMPLING_TEXTS.items()},
     "logit_bias": (
         SAMPLING,
         "-l --logit-bias",
@@ -155,8 +157,8 @@ _TEXT: dict[str, tuple[str, str, str, str]] = {
     "ignore_eos": (SAMPLING, "--ignore-eos", "", "Go on after the end token."),
     "context_shift": (
         PROMPT,
-        "--context-shift/--no-context-shift",
-        "",
+        "--context-shift",
+        "[on|off|auto]",
         "When the context is full, drop the oldest half of it and go on.",
     ),
     "keep": (PROMPT, "--keep", "N", "Tokens of the prompt that it keeps; -1: all."),
@@ -181,6 +183,7 @@ _TEXT: dict[str, tuple[str, str, str, str]] = {
         "auto|on|off",
         "Show what is thought before an answer: dim on a terminal, as it comes, not at all.",
     ),
+    **answer_flags.TEXTS,
     "prompt_cache": (
         PROMPT,
         "--prompt-cache",

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, TypeVar
 import typer
 from typer.core import TyperCommand, TyperOption
 
+from mlacli.cli.accepted import WITH_VALUE
 from mlacli.cli.refused import REFUSED
 from mlacli.errors import UsageError
 
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 
 HELP_NAMES = ["-h", "--help", "--usage"]
 OTHER = "Other"
+ACCEPTED = "Flags of llama.cpp and ik_llama.cpp that change nothing here"
+_ACCEPTED = "mlacli.accepted"  # where a context keeps these notes
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 _Flags = Mapping[str, TyperOption | None]  # by name; None for help and for rewritten names
 
@@ -85,11 +88,13 @@ class StrictCommand(TyperCommand):
     """A command that reads argv by the rules of `normalise` and lists its flags by section.
 
     `rewrites` maps a flag to the words that stand for it (`-no-fa` -> `-fa off`); no words when
-    there is nothing to switch off. `operands` names the parameter that takes the words that belong
-    to no flag, where there may be any.
+    there is nothing to switch off. `accepted` are flags that change nothing, with a note about each
+    or none (accepted.py); `accepted_notes` gives those of a command line. `operands` names the
+    parameter that takes the words that belong to no flag, where there may be any.
     """
 
     rewrites: ClassVar[Mapping[str, str]] = {}
+    accepted: ClassVar[Mapping[str, str]] = {}
     operands: ClassVar[str] = ""
 
     def parse_args(self, ctx: Context, args: list[str]) -> list[str]:
@@ -100,7 +105,15 @@ class StrictCommand(TyperCommand):
         if any(name in HELP_NAMES for name, _ in given):
             return super().parse_args(ctx, ["--help"])
         ctx.params |= {option.name: option.default for option in self.options()}
+        if self.accepted:
+            ctx.meta[_ACCEPTED] = [
+                f"{name} has no effect: {self.accepted[name]}"
+                for name in dict.fromkeys(name for name, _ in given)
+                if self.accepted.get(name)
+            ]
         for name, value in given:
+            if name in self.accepted:
+                continue
             if not name:
                 ctx.params[self.operands] = [*(ctx.params[self.operands] or []), value]
                 continue
@@ -122,7 +135,9 @@ class StrictCommand(TyperCommand):
 
     def flags(self) -> dict[str, TyperOption | None]:
         """Every name that this command knows."""
-        found: dict[str, TyperOption | None] = dict.fromkeys([*HELP_NAMES, *self.rewrites])
+        found: dict[str, TyperOption | None] = dict.fromkeys(
+            [*HELP_NAMES, *self.rewrites, *self.accepted]
+        )
         for option in self.options():
             found |= dict.fromkeys((*option.opts, *option.secondary_opts), option)
         return found
@@ -151,6 +166,12 @@ class StrictCommand(TyperCommand):
         for words, names in same.items():
             text = f"The same as {words}." if words else "Accepted: there is nothing to switch off."
             found[OTHER].append((", ".join(names), "", text))
+        notes: dict[str, list[str]] = {}
+        for name, note in self.accepted.items():
+            notes.setdefault(note, []).append(name)
+        for note, names in notes.items():
+            text = f"Accepted: {note}." if note else "Accepted: so it is."
+            found.setdefault(ACCEPTED, []).append((", ".join(names), "", text))
         return found
 
     def get_help_option_names(self, ctx: Context) -> list[str]:
@@ -182,7 +203,9 @@ def normalise(
         name, value = _split(words.popleft(), flags)
         option = flags[name]
         if option is not None and not option.is_flag:
-            yield name, _value(name, value, option, flags, words)
+            yield name, _value(name, value, option.metavar or "", flags, words)
+        elif option is None and name in WITH_VALUE:
+            yield name, _value(name, value, "", flags, words)
         elif value is not None:
             raise UsageError(f"{name}: takes no value (got {value!r})")
         elif name in rewrites:
@@ -191,12 +214,10 @@ def normalise(
             yield name, None
 
 
-def _value(
-    name: str, value: str | None, option: TyperOption, flags: _Flags, words: deque[str]
-) -> str:
+def _value(name: str, value: str | None, placeholder: str, flags: _Flags, words: deque[str]) -> str:
     if value is not None:
         return value
-    optional = re.match(r"\[(\w+)", option.metavar or "")
+    optional = re.match(r"\[(\w+)", placeholder)
     follows = words[0] if words else None
     if optional and (follows is None or follows.startswith("-")):
         return optional[1]
@@ -229,6 +250,14 @@ def _split(word: str, flags: _Flags) -> tuple[str, str | None]:
     if attached and not rest[0].isalpha() and not attached.startswith("--"):
         raise UsageError(f"{word}: write a space before the value: {attached} {rest}")
     raise UsageError(f"{name}: no such flag{suggestion(name, flags)}")
+
+
+def accepted_notes() -> list[str]:
+    """What is noted about the flags of the command line that change nothing."""
+    from typer._click.globals import get_current_context
+
+    notes: list[str] = get_current_context().meta.get(_ACCEPTED, [])
+    return notes
 
 
 def suggestion(word: str, known: Mapping[str, object] | Sequence[str]) -> str:

@@ -6,8 +6,9 @@ import sys
 from typing import Annotated, Any
 
 from mlacli.cli import console
+from mlacli.cli.accepted import ACCEPTED
 from mlacli.cli.flags import NO_FLASH_ATTENTION, PROMPT, run_settings
-from mlacli.cli.options import StrictCommand, flag, new_app, takes
+from mlacli.cli.options import StrictCommand, accepted_notes, flag, new_app, takes
 from mlacli.cli.request import REQUEST_FLAGS, has_prompt, read_request
 from mlacli.errors import UsageError
 from mlacli.settings import notes
@@ -16,8 +17,14 @@ app = new_app()
 
 
 class RunCommand(StrictCommand):
-    # This program never prints the prompt and runs nothing before it.
-    rewrites = NO_FLASH_ATTENTION | {"--no-display-prompt": "", "--no-warmup": ""}
+    # This program never prints the prompt.
+    rewrites = NO_FLASH_ATTENTION | {
+        "--no-display-prompt": "",
+        "--no-context-shift": "--context-shift off",
+        "--repack": "-rtr",
+        "--skip-chat-parsing": "--reasoning-format none",
+    }
+    accepted = ACCEPTED
 
 
 _CONVERSATION = flag(
@@ -45,11 +52,14 @@ def run(
     """Answer a prompt (or continue it, with --no-cnv) and print the text as it is made."""
     settings = run_settings(values)
     at_terminal = sys.stdin is not None and sys.stdin.isatty()
-    talks = interactive or (conversation and at_terminal and not has_prompt(values))
+    asked = interactive or bool(values["waits"])
+    talks = asked or (conversation and at_terminal and not has_prompt(values))
     if talks and not conversation:
-        raise UsageError("-i: needs the chat template, which --no-cnv leaves out")
+        raise UsageError(
+            f"{'-i' if interactive else '-if'}: needs the chat template, which --no-cnv leaves out"
+        )
     request = read_request(values, raw=not conversation, talks=talks)
-    for line in notes(settings, request):
+    for line in (*accepted_notes(), *notes(settings, request)):
         console.note(f"note: {line}")
     if talks:
         from mlacli.cli.talk import talk
