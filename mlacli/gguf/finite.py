@@ -88,7 +88,7 @@ def find_bad(file: GGUFFile, tensor: TensorInfo) -> Bad | None:
     count, first = 0, -1
     step = max(1, _PART // tensor.row_bytes)
     for start in range(0, tensor.n_rows, step):
-        wrong = _wrong_blocks(rows[start : start + step], fmt, per_row)
+        wrong = wrong_blocks(rows[start : start + step], fmt, per_row)
         n = int(np.count_nonzero(wrong))
         if n and first < 0:
             first = start * per_row + int(wrong.argmax())
@@ -96,7 +96,7 @@ def find_bad(file: GGUFFile, tensor: TensorInfo) -> Bad | None:
     return Bad(tensor.name, count, tensor.n_rows * per_row, first) if count else None
 
 
-def _wrong_blocks(rows: npt.NDArray[np.uint8], fmt: BlockFormat, per_row: int) -> Any:
+def wrong_blocks(rows: npt.NDArray[np.uint8], fmt: BlockFormat, per_row: int) -> Any:
     """Which blocks of these rows are not finite, flat."""
     header, blocks = split_rows(rows, fmt)
     wrong = np.zeros((len(rows), per_row), np.bool_)
