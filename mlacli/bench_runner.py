@@ -15,8 +15,9 @@ import numpy as np
 from codegen.jit import Jit
 from codegen.pool import Pool
 from mlacli.bench import BenchCase, BenchResult, ModelFacts
-from mlacli.engine import Cancelled, Engine, Model, model_for
+from mlacli.engine import Cancelled, Engine, Model
 from mlacli.errors import Interrupted, SpaceError
+from mlacli.loading import model_for
 from mlacli.machine import Peaks, Roof, cpu_name, machine_profile, make_jit, mean_peaks
 from mlacli.profile import Profiles
 from mlacli.profile_table import profile_lines

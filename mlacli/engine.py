@@ -19,10 +19,8 @@ from codegen.kernels.shift import shift_rows
 from codegen.pool import Pool
 from mlacli.cache import Cache
 from mlacli.context import ContextPlan, plan_context
-from mlacli.cpu_count import available_cpus
 from mlacli.errors import UsageError
 from mlacli.fit import check_plan
-from mlacli.gguf.finite import check_values
 from mlacli.gguf.patch import patched
 from mlacli.gguf.reader import GGUFFile, open_gguf
 from mlacli.graph.node import Dim, Node
@@ -85,21 +83,6 @@ def load_model(
         ]
         file = replace(file, files=tuple(copies))
     return Model(file, config, Weights(file, config), notes, patch.applied)
-
-
-def model_for(settings: RunSettings) -> Model:
-    """The model that these settings name, loaded as they say; checked to the last number with
-    --check-tensors. Raises ModelError, SpaceError, UsageError."""
-    model = load_model(
-        settings.model,
-        mmap=settings.mmap,
-        huge=settings.thp,
-        overrides=settings.overrides,
-        rope=settings.rope,
-    )
-    if settings.check_tensors:
-        model = replace(model, notes=(*model.notes, check_values(model.file, available_cpus())))
-    return model
 
 
 class Engine:

@@ -8,9 +8,11 @@ from dataclasses import dataclass, field
 
 from mlacli.engine import Cancelled, Engine, Logits
 from mlacli.profile import Profiles
+from mlacli.settings import Request
 from mlacli.text.grammar import Constraint
-from mlacli.text.reasoning import Budget
+from mlacli.text.reasoning import END, Budget
 from mlacli.text.sampling import Sampler
+from mlacli.text.tokenizer import Piece, Tokenizer
 
 
 @dataclass
@@ -159,3 +161,25 @@ def common_length(a: Sequence[int], b: Sequence[int]) -> int:
     """How many tokens two lists begin with alike."""
     n = min(len(a), len(b))
     return next((i for i in range(n) if a[i] != b[i]), n)
+
+
+def thought_budget(request: Request, tokenizer: Tokenizer) -> Budget | None:
+    """What ends thoughts, with --reasoning-budget."""
+    if request.reasoning_budget < 0:
+        return None
+    closing = [Piece(request.reasoning_message, special=False), Piece(END, special=True)]
+    return Budget(request.reasoning_budget, tokenizer.encode_pieces(closing), tokenizer.piece)
+
+
+def token_counter(
+    every: int, n_ctx: int, note: Callable[[str], None]
+) -> Callable[[int], None] | None:
+    """With -ptc, says now and then how many tokens the context holds."""
+    if every <= 0:
+        return None
+
+    def counted(n: int) -> None:
+        if n % every == 0:
+            note(f"tokens consumed so far = {n} / {n_ctx}")
+
+    return counted

@@ -11,12 +11,13 @@ from dataclasses import asdict, dataclass, replace
 
 from codegen.formats import BlockFormat
 from mlacli.context import ContextPlan, PlannedGraph, plan_context
-from mlacli.engine import Model, model_for
+from mlacli.engine import Model
 from mlacli.fit import context_size, planned_need, wanted_context
 from mlacli.free_memory import available_bytes
 from mlacli.gguf.problem import printable
 from mlacli.graph.lower import scratch_bytes
 from mlacli.graph.node import Dim
+from mlacli.loading import model_for
 from mlacli.machine import kept_profile, this_target
 from mlacli.report_format import buffer_lines, cache_names, format_report, repack_notes
 from mlacli.report_work import CostModel, Switching, Work, switching, work_of

@@ -10,10 +10,17 @@ from typing import Any
 
 from codegen.jit import Jit
 from codegen.pool import Pool
-from mlacli.engine import Cancelled, Engine, Model, model_for
+from mlacli.engine import Cancelled, Engine, Model
 from mlacli.errors import UsageError
 from mlacli.fit import GIB, size_text
-from mlacli.generation import Generator, Timings, common_length
+from mlacli.generation import (
+    Generator,
+    Timings,
+    common_length,
+    thought_budget,
+    token_counter,
+)
+from mlacli.loading import model_for
 from mlacli.machine import machine_profile, make_jit, measure_peaks
 from mlacli.memory import huge_bytes, lock
 from mlacli.profile import Profiles
@@ -25,7 +32,7 @@ from mlacli.settings import Request, RunSettings
 from mlacli.signals import EXIT_OF_SIGNAL, stop_on_signals
 from mlacli.text.chat import ChatTemplate
 from mlacli.text.grammar import Constraint
-from mlacli.text.reasoning import END, Budget, Spoken, ends_in_a_thought
+from mlacli.text.reasoning import Spoken, ends_in_a_thought
 from mlacli.text.sampling import Sampler
 from mlacli.text.templates import FALLBACK, NAMED
 from mlacli.text.tokenizer import Piece, StreamDecoder, Tokenizer
@@ -138,8 +145,8 @@ def open_session(
         timings,
         profiles,
         constraint=constraint,
-        budget=None if constraint else _budget(tokenizer, request),
-        counted=_counter(request.token_count, n_ctx, note) if request.token_count > 0 else None,
+        budget=None if constraint else thought_budget(request, tokenizer),
+        counted=token_counter(request.token_count, n_ctx, note),
     )
     return Session(model, tokenizer, template, generator, jit, request)
 
@@ -297,24 +304,6 @@ def rendered(
     for line in template.notes:
         note(f"note: {line}")
     return pieces
-
-
-def _budget(tokenizer: Tokenizer, request: Request) -> Budget | None:
-    """What ends thoughts, with --reasoning-budget."""
-    if request.reasoning_budget < 0:
-        return None
-    closing = [Piece(request.reasoning_message, special=False), Piece(END, special=True)]
-    return Budget(request.reasoning_budget, tokenizer.encode_pieces(closing), tokenizer.piece)
-
-
-def _counter(every: int, n_ctx: int, note: Callable[[str], None]) -> Callable[[int], None]:
-    """Says now and then how many tokens the context holds."""
-
-    def counted(n: int) -> None:
-        if n % every == 0:
-            note(f"tokens consumed so far = {n} / {n_ctx}")
-
-    return counted
 
 
 def _template(tokenizer: Tokenizer, request: Request) -> ChatTemplate | None:

@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 
 from codegen.jit import Jit
 from codegen.pool import Pool
-from mlacli.engine import Engine, Logits, model_for
+from mlacli.engine import Engine, Logits
+from mlacli.loading import model_for
 from mlacli.machine import make_jit
 from mlacli.model.choose import MachineProfile
 from mlacli.model.config import ModelConfig

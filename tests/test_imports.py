@@ -17,7 +17,13 @@ LEVELS = (
     ("mlacli.bench", "mlacli.bench_table", "mlacli.bench_runner", "mlacli.session", "mlacli.sweep"),
     ("mlacli.generation", "mlacli.session_file", "mlacli.signals"),
     (
-        *("mlacli.engine", "mlacli.context", "mlacli.machine", "mlacli.calibrate"),
+        *(
+            "mlacli.engine",
+            "mlacli.loading",
+            "mlacli.context",
+            "mlacli.machine",
+            "mlacli.calibrate",
+        ),
         *("mlacli.roofline", "mlacli.fit"),
         *("mlacli.work", "mlacli.profile", "mlacli.profile_table", "mlacli.results"),
         *("mlacli.report", "mlacli.report_format", "mlacli.report_work"),

@@ -49,7 +49,8 @@ def sweep(
         console.note(f"note: {line}")
 
     from mlacli import sweep as sweeping
-    from mlacli.engine import Cancelled, model_for
+    from mlacli.engine import Cancelled
+    from mlacli.loading import model_for
     from mlacli.machine import make_jit
     from mlacli.report import context_size
     from mlacli.session import start_engine

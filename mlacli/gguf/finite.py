@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,6 +47,8 @@ class Bad:
 def check_values(file: GGUFFile, n_threads: int) -> str:
     """What has been looked at, as one line. Raises ModelError naming the tensors that hold NaN or
     Inf."""
+    from concurrent.futures import ThreadPoolExecutor  # slow to import, and rarely needed
+
     start = time.perf_counter()
     tensors = [tensor for tensor in file.tensors.values() if has_format(tensor)]
     with ThreadPoolExecutor(max(1, n_threads)) as pool:  # numpy lets go of the interpreter's lock

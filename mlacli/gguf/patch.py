@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import struct
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -66,6 +65,8 @@ def _checked(file: Metadata, override: Override) -> Scalar:
 
 
 def _unknown(file: Metadata, key: str) -> str:
+    import difflib
+
     near = difflib.get_close_matches(key, list(file), n=1, cutoff=0.8)
     hint = f" (did you mean {printable(near[0], 60)}?)" if near else ""
     return f"which is not in the file{hint}"
