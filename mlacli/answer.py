@@ -14,6 +14,7 @@ from mlacli.generation import Generator, Timings
 from mlacli.memory import peak_memory
 from mlacli.report import model_facts
 from mlacli.settings import Request
+from mlacli.text.reasoning import Spoken
 from mlacli.text.sampling import Sampler
 from mlacli.text.tokenizer import StreamDecoder, Tokenizer
 
@@ -44,6 +45,7 @@ class Answer:
     tokens: list[int] = field(default_factory=list)  # without an end token
     reason: str = INTERRUPTED
     first_token: float | None = None  # time.perf_counter() when it was drawn
+    spoken: Spoken | None = None  # leaves out what is thought
 
     def pieces(
         self,
@@ -55,24 +57,32 @@ class Answer:
         ends: bool = True,
     ) -> Iterator[tuple[int | None, str]]:
         """Tokens and the text that each completes, until an end token (if it `ends` the answer),
-        a reverse prompt, -n or the context's end. Raises Cancelled."""
+        a reverse prompt, -n or the context's end. With --special control tokens are shown, but in
+        a conversation they are no part of what was said. Raises Cancelled."""
         decoder = StreamDecoder(tokenizer)
         for token in generator.stream(logits, request.limit):
             self.first_token = self.first_token or time.perf_counter()
+            control = request.special and tokenizer.is_control(token)
+            if control:
+                shown = tokenizer.piece(token).decode(errors="replace")
+                yield token, shown if request.talks else self._taken(shown)
             if ends and tokenizer.is_end_of_generation(token):
                 self.reason = STOP
                 break
             self.tokens.append(token)
-            yield token, self._taken(decoder.feed(token))
+            if not control:
+                yield token, self._taken(decoder.feed(token))
             if any(self.text.endswith(end) for end in request.reverse_prompt):
                 self.reason = REVERSE
                 break
         else:
             self.reason = generator.ended
-        if left := self._taken(decoder.flush()):
+        if left := self._taken(decoder.flush(), last=True):
             yield None, left
 
-    def _taken(self, text: str) -> str:
+    def _taken(self, text: str, *, last: bool = False) -> str:
+        if self.spoken:
+            text = self.spoken.of(text) + (self.spoken.rest() if last else "")
         self.text += text
         return text
 

@@ -14,8 +14,9 @@ import numpy as np
 from codegen.jit import Jit
 from codegen.pool import Pool
 from mlacli.bench import BenchCase, BenchResult, ModelFacts
-from mlacli.engine import Cancelled, Engine, Model, load_model
+from mlacli.engine import Cancelled, Engine, Model
 from mlacli.errors import Interrupted, SpaceError
+from mlacli.loading import model_for
 from mlacli.machine import Peaks, Roof, cpu_name, machine_profile, make_jit, mean_peaks
 from mlacli.model.choose import PathChooser
 from mlacli.profile import Profiles
@@ -143,7 +144,7 @@ class EngineRunner:
         if opened not in self._models:
             self._models.clear()
             self._engines.clear()
-            model = load_model(settings.model, mmap=settings.mmap, huge=settings.thp)
+            model = model_for(settings)
             self._models[opened] = model
         alike = (c.settings for c in self.cases if replace(c.settings, n_ctx=0) == kind)
         most = max([needed, *(other.n_ctx or 1 for other in alike)])

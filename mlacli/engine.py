@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from mlacli.cache import Cache
 from mlacli.context import ContextPlan, plan_context
 from mlacli.errors import UsageError
 from mlacli.fit import check_plan
+from mlacli.gguf.patch import patched
 from mlacli.gguf.reader import GGUFFile, MappedFile, open_gguf
 from mlacli.graph.node import Dim, Node
 from mlacli.graph.ops import lower_graph
@@ -31,7 +32,9 @@ from mlacli.model.choose import FEW_TOKENS, MachineProfile, chooser
 from mlacli.model.config import ModelConfig, read_config
 from mlacli.model.inventory import check_tensors
 from mlacli.model.repack import repack
+from mlacli.model.rope import rope_notes, rope_overrides
 from mlacli.model.weights import Weights
+from mlacli.overrides import FROM_FILE, Override, RopeSettings
 from mlacli.profile import Profile
 from mlacli.progress import Progress
 from mlacli.settings import RunSettings
@@ -46,28 +49,40 @@ class Cancelled(Exception):
 
 @dataclass(frozen=True)
 class Model:
-    """An open, checked model file. `notes` are oddities that do no harm."""
+    """An open, checked model file. `notes` are oddities that do no harm, `overrides` the metadata
+    that differs from the file's."""
 
     file: GGUFFile
     config: ModelConfig
     weights: Weights
     notes: tuple[str, ...]
+    overrides: tuple[str, ...] = ()
 
 
 def load_model(
-    path: Path, *, mmap: bool = True, huge: bool = False, progress: Progress | None = None
+    path: Path,
+    *,
+    mmap: bool = True,
+    huge: bool = False,
+    overrides: Iterable[Override] = (),
+    rope: RopeSettings = FROM_FILE,
+    progress: Progress | None = None,
 ) -> Model:
-    """Open a file and check all of it but the numbers. Raises ModelError, SpaceError.
+    """Open a file and check all of it but the numbers. Raises ModelError, SpaceError, UsageError.
 
     Without `mmap` the file is read into anonymous memory, in huge pages if asked for, and
     `progress` is told bytes.
     """
     file = open_gguf(path)
+    wanted = [*overrides, *rope_overrides(rope, file.metadata)]
+    patch = patched(file.metadata, wanted)
+    file = replace(file, metadata=patch.metadata)
     config = read_config(file)
-    notes = (*file.notes, *check_tensors(file, config))
+    notes = (*file.notes, *patch.notes, *rope_notes(rope, file.metadata))
+    notes = (*notes, *check_tensors(file, config))
     if not mmap:
         file = _copied(file, huge, progress)
-    return Model(file, config, Weights(file, config), notes)
+    return Model(file, config, Weights(file, config), notes, patch.applied)
 
 
 def _copied(file: GGUFFile, huge: bool, progress: Progress | None) -> GGUFFile:

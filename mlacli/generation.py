@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from mlacli.engine import Engine, Logits
 from mlacli.profile import Profiles
 from mlacli.progress import Progress
+from mlacli.settings import Request
 from mlacli.text.grammar import Constraint
+from mlacli.text.reasoning import END, Budget
 from mlacli.text.sampling import Sampler
+from mlacli.text.tokenizer import Piece, Tokenizer
 
 
 @dataclass
@@ -80,6 +83,8 @@ class Generator:
     keep: int | None = None  # tokens that a context shift keeps in front; None: no shift
     # why the last stream ended by itself: length (its limit), context (full) or grammar
     ended: str = "length"
+    budget: Budget | None = None  # of thoughts
+    counted: Callable[[int], None] | None = None  # is told how many tokens the context holds
 
     def prompt(self, tokens: Sequence[int], progress: Progress | None = None) -> Logits:
         """Logits behind these tokens, of which there is at least one; `progress` is told tokens.
@@ -102,6 +107,8 @@ class Generator:
             self.tokens = list(tokens[: engine.cache.n_used])
             timings.prompt += time.perf_counter() - start
             timings.n_prompt += len(self.tokens) - n
+        if self.budget:
+            self.budget.begin(tokens)
         last: Logits = logits[-1]
         return last
 
@@ -117,8 +124,11 @@ class Generator:
         for left in reversed(range(limit)):
             start = time.perf_counter()
             allowed = self.constraint.allowed() if self.constraint else None
-            token = self.sampler.sample(logits, allowed)
+            forced = self.budget.forced if self.budget else None
+            token = self.sampler.sample(logits, allowed) if forced is None else forced
             self.sampler.accept(token)
+            if self.budget:
+                self.budget.accept(token)
             goes_on = self.constraint is None or self.constraint.accept(token)
             timings.sample += time.perf_counter() - start
             timings.n_sample += 1
@@ -134,6 +144,8 @@ class Generator:
                 timings.generate += time.perf_counter() - start
                 timings.n_generate += 1
                 self.tokens.append(token)
+                if self.counted:
+                    self.counted(len(self.tokens))
 
     def _shift(self, next_token: int) -> None:
         """Make room: half of what may go goes, the oldest first."""
@@ -153,3 +165,25 @@ def common_length(a: Sequence[int], b: Sequence[int]) -> int:
     """How many tokens two lists begin with alike."""
     n = min(len(a), len(b))
     return next((i for i in range(n) if a[i] != b[i]), n)
+
+
+def thought_budget(request: Request, tokenizer: Tokenizer) -> Budget | None:
+    """What ends thoughts, with --reasoning-budget."""
+    if request.reasoning_budget < 0:
+        return None
+    closing = [Piece(request.reasoning_message, special=False), Piece(END, special=True)]
+    return Budget(request.reasoning_budget, tokenizer.encode_pieces(closing), tokenizer.piece)
+
+
+def token_counter(
+    every: int, n_ctx: int, note: Callable[[str], None]
+) -> Callable[[int], None] | None:
+    """With -ptc, says now and then how many tokens the context holds."""
+    if every <= 0:
+        return None
+
+    def counted(n: int) -> None:
+        if n % every == 0:
+            note(f"tokens consumed so far = {n} / {n_ctx}")
+
+    return counted

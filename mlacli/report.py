@@ -11,12 +11,13 @@ from dataclasses import asdict, dataclass, fields, replace
 
 from codegen.formats import BlockFormat
 from mlacli.context import ContextPlan, PlannedGraph, plan_context
-from mlacli.engine import Model, load_model
+from mlacli.engine import Model
 from mlacli.fit import context_size, planned_memory, planned_need, wanted_context
 from mlacli.free_memory import available_bytes
 from mlacli.gguf.problem import printable
 from mlacli.graph.lower import scratch_bytes
 from mlacli.graph.node import Dim
+from mlacli.loading import model_for
 from mlacli.machine import kept_profile, this_target
 from mlacli.report_format import buffer_lines, cache_names, repack_notes
 from mlacli.report_work import CostModel, Switching, Work, switching, work_of
@@ -155,7 +156,7 @@ def report_json(report: Report) -> str:
 def make_report(settings: RunSettings, available: int | None = None) -> Report:
     """`report_of` for the settings' model file and, unless told, the memory that there is now."""
     available = available_bytes() if available is None else available
-    return report_of(load_model(settings.model), settings, available)
+    return report_of(model_for(replace(settings, mmap=True)), settings, available)
 
 
 def report_of(model: Model, settings: RunSettings, available: int) -> Report:

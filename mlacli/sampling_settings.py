@@ -27,11 +27,12 @@ _SAMPLERS = {
     "min_p": ((), "m"),
     "xtc": ((), "x"),
     "temperature": (("temp",), "t"),
+    "adaptive_p": ((), "wa"),
 }
 SAMPLERS = tuple(_SAMPLERS)  # in the order in which they run unless told otherwise
 _BY_NAME = {n: name for name, (others, _) in _SAMPLERS.items() for n in (name, *others)}
 _BY_LETTER = {letter: name for name, (_, letters) in _SAMPLERS.items() for letter in letters}
-_NOT_HERE = {"adaptive_p": "w", "infill": "i"}  # the peers', and their letters
+_NOT_HERE = {"infill": "i"}  # the peers', and their letters
 
 
 @dataclass(frozen=True)
@@ -128,6 +129,9 @@ class SamplingSettings:
     mirostat: int = field(default=0, metadata=limited("--mirostat", 0, 2))
     mirostat_ent: float = _number("--mirostat-ent", 5, 0, 100)
     mirostat_lr: float = _number("--mirostat-lr", 0.1, 0, 1)
+    # below 0: off
+    adaptive_target: float = _number("--adaptive-target", -1, -1, 1)
+    adaptive_decay: float = _number("--adaptive-decay", 0.9, 0, 0.99)
     # None: the other one, or the default
     samplers: tuple[str, ...] | None = field(default=None, metadata=ruled(Chain("--samplers")))
     sampling_seq: tuple[str, ...] | None = field(
@@ -149,11 +153,14 @@ class SamplingSettings:
 
     @property
     def chain(self) -> tuple[str, ...]:
-        """The samplers that run, in order. Mirostat comes in place of those that cut."""
+        """The samplers that run, in order. Mirostat comes in place of those that cut; adaptive-p
+        picks the token, so that it is the last wherever it stands in a list."""
         given = self.samplers if self.samplers is not None else self.sampling_seq
         if self.mirostat:
             return ("penalties", "dry", "temperature", "mirostat")
-        return SAMPLERS if given is None else given
+        chain = SAMPLERS if given is None else given
+        last = ("adaptive_p",) if "adaptive_p" in chain else ()
+        return (*(name for name in chain if name != "adaptive_p"), *last)
 
     @property
     def breakers(self) -> tuple[str, ...]:
@@ -172,6 +179,7 @@ _FIELDS = {
     "min_p": ("min_p",),
     "xtc": ("xtc_probability", "xtc_threshold"),
     "temperature": ("temp", "dynatemp_range", "dynatemp_exp"),
+    "adaptive_p": ("adaptive_target", "adaptive_decay"),
 }
 
 

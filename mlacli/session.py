@@ -11,9 +11,16 @@ from typing import Any
 from codegen.jit import Jit
 from codegen.pool import Pool
 from mlacli.answer import Answer, Output, prompt_lines, result_of
-from mlacli.engine import Cancelled, Engine, Logits, Model, load_model
+from mlacli.engine import Cancelled, Engine, Logits, Model
 from mlacli.errors import UsageError
-from mlacli.generation import Generator, Timings, common_length
+from mlacli.generation import (
+    Generator,
+    Timings,
+    common_length,
+    thought_budget,
+    token_counter,
+)
+from mlacli.loading import model_for
 from mlacli.machine import machine_profile, make_jit, measure_peaks
 from mlacli.memory import huge_bytes, lock
 from mlacli.profile import Profiles
@@ -26,6 +33,7 @@ from mlacli.settings import Request, RunSettings
 from mlacli.signals import EXIT_OF_SIGNAL, stop_on_signals
 from mlacli.text.chat import ChatTemplate
 from mlacli.text.grammar import Constraint
+from mlacli.text.reasoning import Spoken, ends_in_a_thought
 from mlacli.text.sampling import Sampler
 from mlacli.text.templates import FALLBACK, NAMED
 from mlacli.text.tokenizer import Piece, Tokenizer
@@ -103,6 +111,12 @@ class Session:
         with self.watch("prompt", "tokens") as progress:
             return self.generator.prompt(tokens, progress)
 
+    def warm_up(self) -> None:
+        """With --warmup, evaluate one token and forget it. Raises Cancelled."""
+        if self.request.warmup:
+            self.engine.eval([self.tokenizer.bos or 0], [0])
+            self.engine.cache.clear()
+
     def save(self) -> None:
         """Write --prompt-cache, unless it is only read. Raises SpaceError."""
         path = self.request.prompt_cache
@@ -152,15 +166,22 @@ def open_session(
     engine = start_engine(model, settings, jit, n_ctx)
     end_ids = () if constraint else tokenizer.end_ids
     sampler = Sampler(request.sampling, model.config.n_vocab, end_ids, tokenizer.piece)
-    generator = Generator(engine, sampler, timings, profiles, constraint=constraint)
+    generator = Generator(
+        engine,
+        sampler,
+        timings,
+        profiles,
+        constraint=constraint,
+        budget=None if constraint else thought_budget(request, tokenizer),
+        counted=token_counter(request.token_count, n_ctx, note),
+    )
     return Session(model, tokenizer, template, generator, jit, request, watch)
 
 
 def watched_load(settings: RunSettings, watch: Watch) -> Model:
-    """The model of these settings. Raises ModelError, SpaceError."""
+    """The model of these settings. Raises ModelError, SpaceError, UsageError."""
     with watch("reading the model", "bytes") as progress:
-        path, mmap, huge = settings.model, settings.mmap, settings.thp
-        return load_model(path, mmap=mmap, huge=huge, progress=progress)
+        return model_for(settings, progress)
 
 
 def run_prompt(
@@ -181,6 +202,7 @@ def run_prompt(
         session.prepare(len(tokens))
         for line in (*session.jit.notes, *engine.pool.notes):
             note(f"note: {line}")
+        session.warm_up()
         ready, answer = time.perf_counter(), Answer()
         timings.load = ready - timings.started
         session.restore(tokens, note)
@@ -215,6 +237,8 @@ def _answer(
     if not request.prompt_cache_all:
         session.save()
     ends = request.n_predict != UNTIL_FULL  # which fills the context whatever the model says
+    if request.reasoning == "off" and request.reasoning_format in ("auto", "deepseek"):
+        answer.spoken = Spoken(inside=ends_in_a_thought(tokens, session.tokenizer.piece))
     pieces = answer.pieces(session.generator, session.tokenizer, logits, request, ends=ends)
     for token, text in pieces:
         output.piece(token, text)

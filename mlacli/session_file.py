@@ -29,13 +29,14 @@ from mlacli.files import Data, write_whole
 from mlacli.gguf.reader import GGUFFile
 from mlacli.progress import Progress
 
-MAGIC, VERSION = b"mlaSESSN", 1
+MAGIC, VERSION = b"mlaSESSN", 2
 _PEERS = (b"ggsn", b"nsgg", b"ggsq", b"qsgg")
 _MAX_HEADER = 1 << 20
 _DIGEST = hashlib.sha256().digest_size
 _SAMPLE = 1 << 20
 _NAMES = {
     "model": "the model",
+    "overrides": "metadata (--override-kv, --rope-*, --yarn-*)",
     "mla": "-mla",
     "flash_attn": "-fa",
     "type_k": "-ctk",
@@ -50,6 +51,7 @@ def identity(engine: Engine) -> dict[str, Any]:
     settings, layout = engine.settings, engine.plan.layout
     return {
         "model": model_digest(engine.model.file),
+        "overrides": list(engine.model.overrides),
         "mla": settings.mla,
         "flash_attn": settings.flash_attn,
         "type_k": layout.fmt_k.name,
@@ -199,7 +201,7 @@ class _Reader:
         for name, here in identity(self._engine).items():
             there = header.get(name)
             if there != here:
-                shown = "another one" if name == "model" else f"{there}, not {here}"[:120]
+                shown = "another one" if name == "model" else f"{_short(there)}, not {_short(here)}"
                 raise self._problem(f"belongs to {_NAMES[name]} {shown}")
         return header
 
@@ -231,6 +233,11 @@ class _Reader:
 
     def _problem(self, problem: str) -> SessionError:
         return SessionError(f"--prompt-cache: {self._path}: {problem}")
+
+
+def _short(value: Any) -> str:
+    text = ", ".join(map(str, value)) or "unchanged" if isinstance(value, list) else str(value)
+    return text if len(text) <= 80 else text[:77] + "..."
 
 
 def _no_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

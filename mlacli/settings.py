@@ -27,6 +27,7 @@ from mlacli.limits import (
     limited,
     ruled,
 )
+from mlacli.overrides import FROM_FILE, Override, OverrideRule, RopeSettings
 from mlacli.placement import (
     NUMA,
     chosen_cpus,
@@ -40,6 +41,7 @@ from mlacli.sampling_settings import MAX_INT, SamplingSettings, sampling_notes
 ALL_CORES = -1  # of the CPUs chosen
 SAME_AS_THREADS = -1
 TEXT = "text"  # as the model writes it
+REASONING_FORMATS = ("auto", "none", "deepseek", "deepseek-legacy")
 
 
 def default_model() -> Path:
@@ -73,6 +75,11 @@ class RunSettings:
     mlock: bool = field(default=False, metadata=ruled(Switch("--mlock")))
     mmap: bool = field(default=True, metadata=ruled(Switch("--mmap")))
     fit: bool = field(default=True, metadata=ruled(Switch("-fit")))  # without -c: what fits
+    check_tensors: bool = field(default=False, metadata=ruled(Switch("--check-tensors")))
+    overrides: tuple[Override, ...] = field(
+        default=(), metadata=ruled(OverrideRule("--override-kv"), each=True)
+    )
+    rope: RopeSettings = FROM_FILE
     verbose: bool = False
     # Where threads run and how they wait. A mask has bit i for CPU i, a range is a mask as well;
     # what is None for prompts (_batch) is as it is for generation.
@@ -190,7 +197,7 @@ class Request:
     system: str = ""  # message before the prompt, for the chat template
     template: str | None = None  # Jinja text instead of the file's
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
-    context_shift: bool = False
+    context_shift: bool = field(default=False, metadata=ruled(Switch("--context-shift")))
     # of a shift: tokens of the prompt that stay; -1: all of them
     keep: int = field(default=0, metadata=limited("--keep", -1, MAX_INT))
     grammar: Grammar | None = None
@@ -202,6 +209,18 @@ class Request:
     multiline: bool = False
     # auto: dim on a terminal
     reasoning: str = field(default="auto", metadata=ruled(Choice("-rea", ("auto", "on", "off"))))
+    # auto is deepseek
+    reasoning_format: str = field(
+        default="auto", metadata=ruled(Choice("--reasoning-format", REASONING_FORMATS))
+    )
+    # tokens of a thought; -1: no limit
+    reasoning_budget: int = field(default=-1, metadata=limited("--reasoning-budget", -1, MAX_INT))
+    reasoning_message: str = field(default="", metadata=ruled(Text("--reasoning-budget-message")))
+    special: bool = False  # control tokens are shown
+    # tokens between two notes about how many there are; -1: none
+    token_count: int = field(default=-1, metadata=limited("-ptc", -1, MAX_INT))
+    warmup: bool = False
+    waits: bool = False  # a conversation whose prompt goes before the first message typed
     prompt_cache: Path | None = None  # a session file, read before and written after the prompt
     prompt_cache_all: bool = False  # written after the answer instead
     prompt_cache_ro: bool = False  # only read
@@ -247,6 +266,8 @@ def notes(settings: RunSettings, request: Request | None = None) -> list[str]:
         found.append(f"--ignore-eos has no effect with {request.grammar.flag}: it says what ends")
     if request is not None and request.display_prompt and (request.talks or request.output != TEXT):
         found.append("--display-prompt has no effect with --json, --jsonl or a conversation")
+    if request is not None:
+        found += _thought_notes(request)
     if request is not None and request.prompt_cache_all and request.prompt_cache_ro:
         found.append("--prompt-cache-all has no effect with --prompt-cache-ro: nothing is written")
     if settings.mla and settings.type_v != "f16":
@@ -284,4 +305,18 @@ def cpu_notes(settings: RunSettings) -> list[str]:
             best = f"-t {default_threads(chosen)}"
             found.append(f"{threads[batch]} threads share {cpus} CPUs: slower than {best}")
             break
+    return found
+
+
+def _thought_notes(request: Request) -> list[str]:
+    found = []
+    if request.grammar and request.reasoning_budget >= 0:
+        found.append(
+            f"--reasoning-budget has no effect with {request.grammar.flag}: "
+            "it says what the answer is from its first token"
+        )
+    if request.reasoning_message and request.reasoning_budget < 0:
+        found.append("--reasoning-budget-message has no effect without --reasoning-budget")
+    if request.reasoning != "auto" and request.reasoning_format in ("none", "deepseek-legacy"):
+        found.append(f"-rea has no effect with --reasoning-format {request.reasoning_format}")
     return found

@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 
 from codegen.jit import Jit
 from codegen.pool import Pool
-from mlacli.engine import Engine, Logits, load_model
+from mlacli.engine import Engine, Logits
+from mlacli.loading import model_for
 from mlacli.machine import make_jit
 from mlacli.model.choose import MachineProfile
 from mlacli.model.config import ModelConfig
@@ -54,7 +55,7 @@ def make_engine(
     """An engine with settings by field name; all logits of a micro-batch can be asked for."""
     flags.setdefault("n_threads", 2)
     settings = fitted(model=path, n_ctx=n_ctx, **flags)
-    model = load_model(path)
+    model = model_for(settings)
     return Engine(
         model,
         settings,

@@ -109,9 +109,15 @@ def test_every_command(terminal: Terminal, tmp_path: Path) -> None:
     assert "error: /load: none: No such file" in terminal.say("/load none")
     (tmp_path / "note.txt").write_text("import os\n")
     assert "read: note.txt (9 characters)" in terminal.say("/read note.txt")
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "deep" / "b.txt").write_text("B\n")
+    shown = terminal.say("/glob **/*.txt")
+    assert "read: deep/b.txt (1 characters)" in shown and "read: note.txt (9 " in shown
+    assert "error: /glob: '*.none' matches no file" in terminal.say("/glob *.none")
     terminal.say("/set verbose on")
     assert "eval time" in terminal.say("What is this?")
-    assert "user: import os\n\nWhat is this?" in terminal.say("/show messages")
+    files = "--- File: deep/b.txt ---\nB\n\n--- File: note.txt ---\nimport os\n\n"
+    assert f"user: import os\n\n{files}What is this?" in terminal.say("/show messages")
     assert "error: /sho: no such command; did you mean /show? (/help)" in terminal.say("/sho")
     assert "error: /save: needs FILE" in terminal.say("/save")
     terminal.type("/exit")

@@ -22,7 +22,13 @@ LEVELS = (
     ),
     ("mlacli.generation", "mlacli.session_file", "mlacli.signals", "mlacli.answer"),
     (
-        *("mlacli.engine", "mlacli.context", "mlacli.machine", "mlacli.calibrate"),
+        *(
+            "mlacli.engine",
+            "mlacli.loading",
+            "mlacli.context",
+            "mlacli.machine",
+            "mlacli.calibrate",
+        ),
         *("mlacli.roofline", "mlacli.fit"),
         *("mlacli.work", "mlacli.profile", "mlacli.profile_table", "mlacli.results"),
         "mlacli.plot_results",
@@ -38,7 +44,7 @@ LEVELS = (
         *("mlacli.debug", "mlacli.errors", "mlacli.memory", "mlacli.free_memory"),
         *("mlacli.sampling_settings", "mlacli.files", "mlacli.pictures", "mlacli.hub"),
         *("mlacli.numa", "mlacli.placement", "mlacli.findings", "mlacli.progress"),
-        *("mlacli.units", "mlacli.config_file", "mlacli.suggest"),
+        *("mlacli.units", "mlacli.config_file", "mlacli.suggest", "mlacli.overrides"),
     ),
     ("codegen",),
 )

@@ -76,7 +76,7 @@ def test_the_object_says_what_happened(run: Run, tokenizer: Tokenizer) -> None:
     settings = {"n_ctx": 256, "mla": 3, "flash_attn": True, "type_k": "f16", "type_v": None}
     assert settings.items() <= found["settings"].items() and found["settings"]["n_threads"] == 2
     assert found["sampling"]["seed"] == 5 and found["sampling"]["logit_bias"] == [[3, "-inf"]]
-    assert found["sampling"]["samplers"][-1] == "temperature"
+    assert found["sampling"]["samplers"][-2:] == ["temperature", "adaptive_p"]
     assert found["mlacli"] == __version__ and found["context_shifts"] == 0
     assert found["memory"]["peak_rss_bytes"] > (found["memory"]["anonymous_bytes"] or 0)
 

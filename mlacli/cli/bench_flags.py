@@ -11,6 +11,7 @@ from typing import Any
 
 from mlacli.bench import AXES, Grid
 from mlacli.cli.flags import DEMO_MODEL, MODEL, choices_of, flags_of, hub_model, meaning
+from mlacli.cli.model_flags import LOAD_MODES, load_mode
 from mlacli.cli.options import flag, parameter
 from mlacli.errors import UsageError
 from mlacli.hub import HubFile
@@ -65,12 +66,7 @@ class LoadMode:
             raise UsageError(f"{self.flag}: {value!r} is no load mode")
 
     def parse(self, text: str) -> dict[str, bool]:
-        if text == "dio":
-            raise UsageError(f"{self.flag}: dio: direct I/O is not supported")
-        if text not in ("auto", "none", "mmap", "mlock", "mmap+mlock"):
-            words = "auto, none, mmap, mlock, mmap+mlock"
-            raise UsageError(f"{self.flag}: {text!r} is not one of {words}")
-        return {"mmap": text == "auto" or "mmap" in text, "mlock": "mlock" in text}
+        return load_mode(text, {})
 
 
 def list_flags() -> Iterator[Parameter]:
@@ -84,7 +80,7 @@ def list_flags() -> Iterator[Parameter]:
     yield parameter(
         _THREADS, flag("-tgb --threads-gen-batch", VALUES, "G,B;...", text), list[str] | None
     )
-    text = "How the file is read: auto|none|mmap|mlock|mmap+mlock."
+    text = f"How the file is read: {LOAD_MODES}."
     yield parameter(
         _LOAD_MODE, flag("-lm --load-mode", VALUES, "LIST", text, "mmap"), list[str] | None
     )

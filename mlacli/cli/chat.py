@@ -6,7 +6,7 @@ from typing import Any
 
 from mlacli.cli import console
 from mlacli.cli.flags import run_settings
-from mlacli.cli.options import new_app, takes
+from mlacli.cli.options import accepted_notes, new_app, takes
 from mlacli.cli.request import REQUEST_FLAGS, read_request
 from mlacli.cli.run import RunCommand
 from mlacli.settings import notes
@@ -17,6 +17,10 @@ app = new_app()
 class ChatCommand(RunCommand):
     refuses = dict.fromkeys(
         ("--json", "--jsonl", "--json-tokens"), "is for one answer (mlacli run), not a conversation"
+    )
+    # It is one anyway.
+    accepted = RunCommand.accepted | dict.fromkeys(
+        ("-cnv", "--cnv", "--conversation", "-i", "--interactive"), ""
     )
 
 
@@ -29,7 +33,7 @@ def chat(**values: Any) -> int:
     """
     settings = run_settings(values)
     request = read_request(values, raw=False, talks=True)
-    for line in notes(settings, request):
+    for line in (*accepted_notes(), *notes(settings, request)):
         console.note(f"note: {line}")
     if values["dry_run"]:
         from mlacli.cli.report import dry_run

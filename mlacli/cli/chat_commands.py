@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import glob
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -9,7 +11,7 @@ from pathlib import Path
 from mlacli.chat import Conversation, load_log, save_log
 from mlacli.cli import console
 from mlacli.cli.flags import given
-from mlacli.cli.request import read_text
+from mlacli.cli.request import MAX_PROMPT_BYTES, read_text
 from mlacli.errors import UsageError
 from mlacli.generation import Timings
 from mlacli.limits import Switch, rules
@@ -27,11 +29,16 @@ COMMANDS = {
     "/save": ("FILE", "Save the conversation."),
     "/load": ("FILE", "Go on with a saved conversation."),
     "/read": ("FILE", "Put a file's text before the next message."),
+    "/glob": ("PATTERN", "Put all text files that match before it; ** goes into folders."),
     "/regen": ("", "Answer the last message again."),
     "/clear": ("", "Forget the conversation."),
     "/exit": ("", "Leave; as /bye and Ctrl-D."),
     "/help": ("", "Show this."),
 }
+RAW = "raw"  # thoughts are text like any other
+# --reasoning-format: how thoughts are shown
+_FORMATS = {"none": RAW, "deepseek-legacy": "on"}
+_MAX_FILES = 100
 _SHORT = {"/bye": "/exit", "/quit": "/exit", "/?": "/help", "/regenerate": "/regen"}
 
 
@@ -44,9 +51,9 @@ class Commands:
 
     def __init__(self, conversation: Conversation, request: Request) -> None:
         self.conversation = conversation
-        self.reasoning, self.verbose = request.reasoning, False
-        self.timings = Timings()
-        self._before = ""
+        self.reasoning = _FORMATS.get(request.reasoning_format, request.reasoning)
+        self.verbose, self.timings = False, Timings()
+        self._before = f"{request.prompt}\n\n" if request.waits and request.prompt else ""
 
     def taken(self) -> str:
         """What /read has put before the next message."""
@@ -101,6 +108,21 @@ class Commands:
         text = read_text(Path(name), f"/read: {name}")
         self._before += text + "\n\n"
         console.tell(f"read: {name} ({len(text)} characters)")
+
+    def _glob(self, pattern: str) -> None:
+        found = sorted(glob.iglob(os.path.expanduser(pattern), recursive=True))
+        files = [Path(name) for name in found if Path(name).is_file()]
+        if not files:
+            raise UsageError(f"/glob: {pattern[:80]!r} matches no file")
+        if len(files) > _MAX_FILES:
+            raise UsageError(f"/glob: {len(files)} files match (limit {_MAX_FILES})")
+        texts = [(file, read_text(file, f"/glob: {file}")) for file in files]
+        size = sum(len(text) for _, text in texts)
+        if size > MAX_PROMPT_BYTES:
+            raise UsageError(f"/glob: {size} characters (limit {MAX_PROMPT_BYTES})")
+        for file, text in texts:
+            self._before += f"--- File: {file} ---\n{text}\n\n"
+            console.note(f"read: {file} ({len(text)} characters)")
 
     def _show(self, what: str) -> None:
         session = self.conversation.session

@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from codegen.formats import CACHE_FORMATS, LATENT_CACHE_TYPES
-from mlacli.cli import console
+from mlacli.cli import answer_flags, console
 from mlacli.cli.log_settings import DEBUG, LOG_TEXT, LogSettings
+from mlacli.cli.model_flags import LOAD_MODES, SHOWN_DEFAULT, TEXTS, each_override, load_mode
 from mlacli.cli.options import flag, parameter
 from mlacli.errors import UsageError
 from mlacli.hub import HubFile, fetch
 from mlacli.limits import Choice, Limit, Rule
+from mlacli.overrides import RopeSettings
 from mlacli.sampling_settings import SAMPLERS
 from mlacli.settings import RunSettings, fitted
 
@@ -90,6 +92,13 @@ _TEXT: dict[str, tuple[str, str, str, str]] = {
         "[on|off]",
         "Without -c, take less context if memory is short; off: refuse to run then.",
     ),
+    "check_tensors": (
+        MODEL,
+        "--check-tensors -vq --validate-quants",
+        "",
+        "Look for NaN and Inf in the weights before anything runs.",
+    ),
+    **TEXTS,
     "verbose": (MODEL, "-v --verbose", "", "Say more about what is chosen and why."),
     "mla": (
         ATTENTION,
@@ -129,7 +138,7 @@ _TEXT: dict[str, tuple[str, str, str, str]] = {
         "--sampling-seq --sampler-seq",
         "LETTERS",
         "The same, a letter each: e penalties, d dry, s top_n_sigma, k top_k, f tfs_z, "
-        "y typical_p, p top_p, m min_p, x xtc, t temperature.",
+        "y typical_p, p top_p, m min_p, x xtc, t temperature, w adaptive_p.",
     ),
     "temp": (SAMPLING, "--temp --temperature", "T", "0 takes the likeliest token."),
     "dynatemp_range": (
@@ -184,6 +193,7 @@ _TEXT: dict[str, tuple[str, str, str, str]] = {
     "mirostat": (SAMPLING, "--mirostat", "0|1|2", "Keep the surprise of the text steady; 0: off."),
     "mirostat_ent": (SAMPLING, "--mirostat-ent", "TAU", "That surprise, in bits per token."),
     "mirostat_lr": (SAMPLING, "--mirostat-lr", "ETA", "How fast it is corrected."),
+    **{field: (SAMPLING, *words) for field, words in answer_flags.SAMPLING_TEXTS.items()},
     "logit_bias": (
         SAMPLING,
         "-l --logit-bias",
@@ -194,8 +204,8 @@ _TEXT: dict[str, tuple[str, str, str, str]] = {
     "ignore_eos": (SAMPLING, "--ignore-eos", "", "Go on after the end token."),
     "context_shift": (
         PROMPT,
-        "--context-shift/--no-context-shift",
-        "",
+        "--context-shift",
+        "[on|off|auto]",
         "When the context is full, drop the oldest half of it and go on.",
     ),
     "keep": (PROMPT, "--keep", "N", "Tokens of the prompt that it keeps; -1: all."),
@@ -220,6 +230,7 @@ _TEXT: dict[str, tuple[str, str, str, str]] = {
         "auto|on|off",
         "Show what is thought before an answer: dim on a terminal, as it comes, not at all.",
     ),
+    **answer_flags.TEXTS,
     "prompt_cache": (
         PROMPT,
         "--prompt-cache",
@@ -244,6 +255,7 @@ _TEXT: dict[str, tuple[str, str, str, str]] = {
     **LOG_TEXT,
 }
 _SHOWN_DEFAULT = {
+    **SHOWN_DEFAULT,
     "model": DEMO_MODEL,
     "n_ctx": "what fits, at most 4096",
     "n_threads": "physical cores",
@@ -269,6 +281,13 @@ _SHOWN_DEFAULT = {
 }
 
 
+_LOAD_MODE = flag(
+    "-lm --load-mode", MODEL, LOAD_MODES, "The same in one word, as llama.cpp has it.", "auto"
+)
+# What is set by flags of its own beside a settings class or inside it.
+_PARTS = {RunSettings: (HubFile, RunSettings, RopeSettings, LogSettings)}
+
+
 def meaning(field: str) -> str:
     """What the flag of this field does."""
     return _TEXT[field][3]
@@ -289,19 +308,17 @@ def shown_default(field: Field[Any]) -> str:
 
 
 def flags_of(*owners: type[Any]) -> Iterator[inspect.Parameter]:
-    """A parameter for each field of these settings classes that has a flag; None: not given.
-
-    Where a file can be named, so can one of the hub, and the log's flags are there, too.
-    """
-    if RunSettings in owners:
-        owners = (HubFile, *owners, LogSettings)
-    for field in (field for owner in owners for field in fields(owner)):
+    """A parameter for each field of these settings classes that has a flag; None: not given."""
+    every = [part for owner in owners for part in _PARTS.get(owner, (owner,))]
+    for field in (field for owner in every for field in fields(owner)):
         if field.name in _TEXT:
             section, names, placeholder, text = _TEXT[field.name]
             default, choices = shown_default(field), choices_of(field.metadata.get("rule"))
             option = flag(names, section, placeholder, text, default, choices)
             one = list[str] if field.metadata.get("each") else str if placeholder else bool
             yield parameter(field.name, option, one | None)
+        if field.name == "mmap":
+            yield parameter("load_mode", _LOAD_MODE)
 
 
 def choices_of(rule: Rule | None) -> Sequence[str]:
@@ -357,7 +374,10 @@ def given_settings(values: Mapping[str, Any]) -> dict[str, Any]:
     """
     log = LogSettings(**given(LogSettings, values))
     console.start(log)
-    found = given(RunSettings, values)
+    found = given(RunSettings, each_override(values))
+    if values.get("load_mode") is not None:
+        found |= load_mode(values["load_mode"], found)
+    found["rope"] = RopeSettings(**given(RopeSettings, values))
     if log.verbosity >= DEBUG:
         found.setdefault("verbose", True)
     if "model" in found:

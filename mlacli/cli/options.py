@@ -18,6 +18,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup, TyperOption
 
 from mlacli.cli import console
+from mlacli.cli.accepted import WITH_VALUE
 from mlacli.cli.completion import brief, completer
 from mlacli.cli.refused import REFUSED
 from mlacli.debug import ENV
@@ -30,7 +31,9 @@ if TYPE_CHECKING:
 
 HELP_NAMES = ["-h", "--help", "--usage"]
 OTHER = "Other"
+ACCEPTED = "Flags of llama.cpp and ik_llama.cpp that change nothing here"
 _SETTINGS = "mlacli.settings"  # where a context keeps what was not typed
+_ACCEPTED = "mlacli.accepted"  # and notes on what was typed in vain
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 _Flags = Mapping[str, TyperOption | None]  # by name; None for help and for rewritten names
 
@@ -115,14 +118,17 @@ class StrictCommand(TyperCommand):
     """A command that reads argv by the rules of `normalise` and lists its flags by section.
 
     `rewrites` maps a flag to the words that stand for it (`-no-fa` -> `-fa off`); no words when
-    there is nothing to switch off. `operands` names the parameter that takes the words that belong
-    to no flag, where there may be any. `refuses` are flags of other commands: name and reason.
-    Flags that are not typed may be set elsewhere (sources.py) unless `reads_settings` is off; of
-    the parameters of an `exclusive` group only those count that are set nearest to the command
-    line. `creates_config`: the configuration file need not exist, even if it was named.
+    there is nothing to switch off. `accepted` are flags that change nothing, with a note about each
+    or none (accepted.py); `accepted_notes` gives those of a command line. `operands` names the
+    parameter that takes the words that belong to no flag, where there may be any. `refuses` are
+    flags of other commands: name and reason. Flags that are not typed may be set elsewhere
+    (sources.py) unless `reads_settings` is off; of the parameters of an `exclusive` group only
+    those count that are set nearest to the command line. `creates_config`: the configuration file
+    need not exist, even if it was named.
     """
 
     rewrites: ClassVar[Mapping[str, str]] = {}
+    accepted: ClassVar[Mapping[str, str]] = {}
     operands: ClassVar[str] = ""
     refuses: ClassVar[Mapping[str, str]] = {}
     reads_settings: ClassVar[bool] = True
@@ -143,12 +149,20 @@ class StrictCommand(TyperCommand):
         typed = self._typed(given, flags)
         ctx.params |= {option.name: option.default for option in self.options()}
         ctx.params |= self._settings(ctx, typed) | typed
+        if self.accepted:
+            ctx.meta[_ACCEPTED] = [
+                f"{name} has no effect: {self.accepted[name]}"
+                for name in dict.fromkeys(name for name, _ in given)
+                if self.accepted.get(name)
+            ]
         return []
 
     def _typed(self, given: Iterable[tuple[str, str | None]], flags: _Flags) -> dict[str, Any]:
         """Parameters that the command line sets."""
         found: dict[str, Any] = {}
         for name, value in given:
+            if name in self.accepted:
+                continue
             option = flags[name] if name else None
             if option is None:
                 found[self.operands] = [*found.get(self.operands, ()), value]
@@ -219,7 +233,9 @@ class StrictCommand(TyperCommand):
 
     def flags(self) -> dict[str, TyperOption | None]:
         """Every name that this command knows."""
-        found: dict[str, TyperOption | None] = dict.fromkeys([*HELP_NAMES, *self.rewrites])
+        found: dict[str, TyperOption | None] = dict.fromkeys(
+            [*HELP_NAMES, *self.rewrites, *self.accepted]
+        )
         for option in self.options():
             found |= dict.fromkeys((*option.opts, *option.secondary_opts), option)
         return found
@@ -248,6 +264,12 @@ class StrictCommand(TyperCommand):
         for words, names in same.items():
             text = f"The same as {words}." if words else "Accepted: there is nothing to switch off."
             found[OTHER].append((", ".join(names), "", text))
+        notes: dict[str, list[str]] = {}
+        for name, note in self.accepted.items():
+            notes.setdefault(note, []).append(name)
+        for note, names in notes.items():
+            text = f"Accepted: {note}." if note else "Accepted: so it is."
+            found.setdefault(ACCEPTED, []).append((", ".join(names), "", text))
         return found
 
     def get_help_option_names(self, ctx: Context) -> list[str]:
@@ -284,7 +306,9 @@ def normalise(
         name, value = _split(words.popleft(), flags, REFUSED | dict(refuses or {}))
         option = flags[name]
         if option is not None and not option.is_flag:
-            yield name, _value(name, value, option, flags, words)
+            yield name, _value(name, value, option.metavar or "", flags, words)
+        elif option is None and name in WITH_VALUE:
+            yield name, _value(name, value, "", flags, words)
         elif value is not None:
             raise UsageError(f"{name}: takes no value (got {value!r})")
         elif name in rewrites:
@@ -293,12 +317,10 @@ def normalise(
             yield name, None
 
 
-def _value(
-    name: str, value: str | None, option: TyperOption, flags: _Flags, words: deque[str]
-) -> str:
+def _value(name: str, value: str | None, placeholder: str, flags: _Flags, words: deque[str]) -> str:
     if value is not None:
         return value
-    optional = re.match(r"\[(\w+)", option.metavar or "")
+    optional = re.match(r"\[(\w+)", placeholder)
     follows = words[0] if words else None
     if optional and (follows is None or follows.startswith("-")):
         return optional[1]
@@ -331,3 +353,11 @@ def _split(word: str, flags: _Flags, refused: Mapping[str, str]) -> tuple[str, s
     if attached and not rest[0].isalpha() and not attached.startswith("--"):
         raise UsageError(f"{word}: write a space before the value: {attached} {rest}")
     raise UsageError(f"{name}: no such flag{suggestion(name, flags)}")
+
+
+def accepted_notes() -> list[str]:
+    """What is noted about the flags of the command line that change nothing."""
+    from typer._click.globals import get_current_context
+
+    notes: list[str] = get_current_context().meta.get(_ACCEPTED, [])
+    return notes

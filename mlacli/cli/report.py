@@ -14,7 +14,7 @@ from mlacli.cli.options import StrictCommand, flag, new_app, takes
 from mlacli.errors import SpaceError, UsageError
 from mlacli.limits import ByteSize, Limit, Switch, parse_list, rules
 from mlacli.report_grid import AXES, Row, as_dict, combinations, notes_of, rows, table
-from mlacli.settings import RunSettings, default_model, fitted, notes
+from mlacli.settings import RunSettings, fitted, notes
 from mlacli.units import size_text
 
 OUTPUT = "Output"
@@ -22,6 +22,7 @@ _MEMORY, _FIT = ByteSize("--memory"), Switch("--fit")
 _FIT_TARGET, _FIT_CONTEXT = Limit("-fitt", 0, 2**30), Limit("-fitc", 1, 2**30)
 _LEFT_FREE = 256  # MiB: what Python and the compiler take beside the buffers
 _MAX_BARS = 64
+_OF_MODEL = ("model", "overrides", "rope", "check_tensors")
 app = new_app()
 
 
@@ -148,12 +149,12 @@ def _reports(
     """Print the report of one combination, or the table of several."""
     alone = _settings(fixed, chosen[0]) if len(chosen) == 1 else None
 
-    from mlacli.engine import load_model
     from mlacli.free_memory import available_bytes
+    from mlacli.loading import model_for
     from mlacli.report import report_json, report_of
     from mlacli.report_format import format_report
 
-    model = load_model(fixed.get("model", default_model()))
+    model = model_for(RunSettings(**{name: fixed[name] for name in _OF_MODEL if name in fixed}))
     available = available_bytes() if available is None else available
     if alone is not None:
         single = report_of(model, alone, available)

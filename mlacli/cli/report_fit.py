@@ -5,15 +5,16 @@ from __future__ import annotations
 import json as json_format
 import shlex
 from collections.abc import Collection
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from mlacli.cli import console
 from mlacli.cli.flags import words_of
-from mlacli.engine import Model, load_model
+from mlacli.engine import Model
 from mlacli.errors import SpaceError
 from mlacli.fit_flags import Fitted, fit_flags
 from mlacli.free_memory import available_bytes
+from mlacli.loading import model_for
 from mlacli.report import PAGES, Report, report_of
 from mlacli.report_format import format_report
 from mlacli.report_grid import FLAGS, Row
@@ -36,7 +37,7 @@ def fit(
 
     Raises SpaceError when nothing fits.
     """
-    model = load_model(settings.model)
+    model = model_for(replace(settings, mmap=True))
     available = available_bytes() if memory is None else memory
     limit = available - margin
     best = fit_flags(model, settings, names, limit, least=least)

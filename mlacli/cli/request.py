@@ -26,8 +26,9 @@ _TEXTS = {
         "FILE",
         "A file with the prompt; without -p and -f it is read from standard input.",
     ),
+    "binary_file": ("-bf --binary-file", PROMPT, "FILE", "The same, its bytes as they are."),
     "system": ("-sys --system-prompt", PROMPT, "TEXT", "System message for the chat template."),
-    "system_file": ("-sysf --system-prompt-file", PROMPT, "FILE", "A file with that message."),
+    "system_file": ("-sysf -spf --system-prompt-file", PROMPT, "FILE", "A file with that message."),
     "template": (
         "--chat-template",
         PROMPT,
@@ -36,6 +37,12 @@ _TEXTS = {
     ),
     "template_file": ("--chat-template-file", PROMPT, "FILE", "A file with such a text."),
     "template_kwargs": ("--chat-template-kwargs", PROMPT, "JSON", "More variables for it."),
+    "reasoning_effort": (
+        "--reasoning-effort",
+        PROMPT,
+        "LEVEL",
+        "The variable reasoning_effort for it, as low or high; default: none.",
+    ),
     "grammar": ("--grammar", SAMPLING, "GBNF", "A grammar that the answer keeps to."),
     "grammar_file": ("--grammar-file", SAMPLING, "FILE", "A file with a grammar."),
     "json_schema": ("-j --json-schema", SAMPLING, "JSON", "A schema that the answer keeps to."),
@@ -51,6 +58,12 @@ _ESCAPE = flag(
 )
 _DRY_RUN = flag(
     "-dr --dry-run", OTHER, "", "Only report the memory that this takes; exit code 5: too much."
+)
+_PRESERVE = flag(
+    "--reasoning-preserve/--no-reasoning-preserve",
+    PROMPT,
+    "",
+    "The variable preserve_reasoning for it: whether thoughts stay in the conversation.",
 )
 _PROFILE = flag("--profile", OTHER, "", PROFILE_HELP)
 # kind of grammar: its two flags
@@ -68,6 +81,7 @@ EXCLUSIVE = (
 )
 REQUEST_FLAGS = [
     *(parameter(name, flag(*words)) for name, words in _TEXTS.items()),
+    parameter("reasoning_preserve", _PRESERVE, bool | None),
     parameter("escape", _ESCAPE, bool, True),
     *flags_of(Request, SamplingSettings, RunSettings),
     parameter("profile", _PROFILE, bool, False),
@@ -90,12 +104,12 @@ def read_request(
     if escape:
         for found, names in ((chosen, ("dry_sequence_breaker",)), (wanted, ("reverse_prompt",))):
             found |= {n: tuple(map(unescaped, found[n])) for n in names if n in found}
-        for name in ("in_prefix", "in_suffix"):
+        for name in ("in_prefix", "in_suffix", "reasoning_message"):
             if name in wanted:
                 wanted[name] = unescaped(wanted[name])
     if "prompt_cache" in wanted:
         wanted["prompt_cache"] = Path(wanted["prompt_cache"])
-    text = _text(values, "prompt", ("-p", "-f"), escape, "file")
+    text = _prompt(values, escape)
     if text is None and not talks and not values["dry_run"]:
         text = _from_stdin()
     source = _text(values, "template", ("--chat-template", "--chat-template-file"), False)
@@ -113,24 +127,41 @@ def read_request(
         "sampling": SamplingSettings(**chosen),
         "grammar": _grammar(values),
         "template": source,
-        "template_kwargs": _kwargs(values["template_kwargs"]),
+        "template_kwargs": _kwargs(values),
     }
     return Request(**wanted)
 
 
 def has_prompt(values: Mapping[str, Any]) -> bool:
     """Whether a flag gives one."""
-    return values["prompt"] is not None or values["file"] is not None
+    return any(values[name] is not None for name in ("prompt", "file", "binary_file"))
 
 
-def _kwargs(text: str | None) -> dict[str, Any]:
-    name = "--chat-template-kwargs"
+def _prompt(values: Mapping[str, Any], escape: bool) -> str | None:
+    """What -p, -f or -bf gives. Raises UsageError."""
+    text = _text(values, "prompt", ("-p", "-f"), escape, "file")
+    file = values["binary_file"]
+    if file is None:
+        return text
+    if text is not None:
+        given = "-p" if values["prompt"] is not None else "-f"
+        raise UsageError(f"{given} and -bf: give one of them, not both")
+    return read_text(Path(file), f"-bf: {file}", whole=True)
+
+
+def _kwargs(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Variables for the chat template. Raises UsageError."""
+    name, text = "--chat-template-kwargs", values["template_kwargs"]
     try:
         found = json.loads(text) if text is not None else {}
     except (ValueError, RecursionError) as problem:
         raise UsageError(f"{name}: is not JSON ({problem})") from problem
     if not isinstance(found, dict):
         raise UsageError(f"{name}: is not a JSON object")
+    if values["reasoning_effort"] not in (None, "default"):
+        found["reasoning_effort"] = values["reasoning_effort"]
+    if values["reasoning_preserve"] is not None:
+        found["preserve_reasoning"] = values["reasoning_preserve"]
     return found
 
 
@@ -159,11 +190,11 @@ def _text(
 
 
 def read_text(path: Path, name: str, *, whole: bool = False) -> str:
-    """A file's text, without its last newline unless `whole`. Raises UsageError, which begins with
-    `name`."""
+    """A file's text without its last newline, or the `whole` of it. Raises UsageError, which
+    begins with `name`."""
     try:
         with path.open("rb") as stream:
-            return _decoded(stream.read(MAX_PROMPT_BYTES + 1), name, whole)
+            return _decoded(stream.read(MAX_PROMPT_BYTES + 1), name, whole=whole)
     except OSError as problem:
         raise UsageError(f"{name}: {problem.strerror}") from problem
 
@@ -178,14 +209,15 @@ def read_stdin(*, whole: bool = False) -> str:
     """The text of standard input, which may be typed. Raises UsageError."""
     if sys.stdin is None:
         raise UsageError("standard input: is closed")
-    return _decoded(sys.stdin.buffer.read(MAX_PROMPT_BYTES + 1), "standard input", whole)
+    return _decoded(sys.stdin.buffer.read(MAX_PROMPT_BYTES + 1), "standard input", whole=whole)
 
 
-def _decoded(data: bytes, name: str, whole: bool) -> str:
-    """Text of a file, which loses one newline at its end unless it is to be `whole`."""
+def _decoded(data: bytes, name: str, *, whole: bool = False) -> str:
+    """Text of a file, which loses one newline at its end but for the `whole` of it."""
     if len(data) > MAX_PROMPT_BYTES:
         raise UsageError(f"{name}: is longer than {MAX_PROMPT_BYTES >> 20} MiB")
-    return (data if whole else data.removesuffix(b"\n")).decode("utf-8", "surrogateescape")
+    data = data if whole else data.removesuffix(b"\n")
+    return data.decode("utf-8", "surrogateescape")
 
 
 def unescaped(text: str) -> str:

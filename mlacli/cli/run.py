@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from mlacli.cli import console
+from mlacli.cli.accepted import ACCEPTED
 from mlacli.cli.flags import NO_FLASH_ATTENTION, OUTPUT, PROMPT, run_settings
-from mlacli.cli.options import StrictCommand, flag, new_app, takes
+from mlacli.cli.options import StrictCommand, accepted_notes, flag, new_app, takes
 from mlacli.cli.request import EXCLUSIVE, REQUEST_FLAGS, has_prompt, read_request
 from mlacli.errors import UsageError
 from mlacli.files import check_target
@@ -23,8 +24,13 @@ app = new_app()
 
 
 class RunCommand(StrictCommand):
-    # This program runs nothing before a prompt.
-    rewrites = NO_FLASH_ATTENTION | {"--no-warmup": ""}
+    rewrites = NO_FLASH_ATTENTION | {
+        "--no-context-shift": "--context-shift off",
+        "--repack": "-rtr",
+        "--log-verbose": "-v",
+        "--skip-chat-parsing": "--reasoning-format none",
+    }
+    accepted = ACCEPTED
     exclusive = EXCLUSIVE
 
 
@@ -72,9 +78,12 @@ def run(
     settings = run_settings(values)
     dump = _dump(dump_tensors, dump_file)
     at_terminal = sys.stdin is not None and sys.stdin.isatty()
-    talks = interactive or (conversation and at_terminal and not has_prompt(values))
+    asked = interactive or bool(values["waits"])
+    talks = asked or (conversation and at_terminal and not has_prompt(values))
     if talks and not conversation:
-        raise UsageError("-i: needs the chat template, which --no-cnv leaves out")
+        raise UsageError(
+            f"{'-i' if interactive else '-if'}: needs the chat template, which --no-cnv leaves out"
+        )
     if dump and talks:
         raise UsageError("--dump-tensors: needs a prompt (-p TEXT, -f FILE or standard input)")
     if json and jsonl:
@@ -86,7 +95,7 @@ def run(
         output="json" if json else "jsonl" if jsonl else TEXT,
         json_tokens=json_tokens,
     )
-    for line in notes(settings, request):
+    for line in (*accepted_notes(), *notes(settings, request)):
         console.note(f"note: {line}")
     if values["dry_run"]:
         from mlacli.cli.report import dry_run

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 from mlacli.chat import Conversation
 from mlacli.cli import console
-from mlacli.cli.chat_commands import COMMANDS, Commands, Leave
+from mlacli.cli.chat_commands import COMMANDS, RAW, Commands, Leave
 from mlacli.cli.progress import bar
 from mlacli.engine import Cancelled
 from mlacli.errors import Interrupted, MlaError
@@ -26,6 +26,7 @@ def talk(settings: RunSettings, request: Request) -> int:
     with open_session(settings, request, console.note, watch=bar) as session:
         session.announce(console.note)
         session.prepare()
+        session.warm_up()
         for line in (*session.jit.notes, *session.engine.pool.notes):
             console.note(f"note: {line}")
         if session.tokenizer.data.chat_template is None and request.template is None:
@@ -50,7 +51,7 @@ class Talk:
 
     def run(self) -> None:
         """Returns when there is nothing more to say."""
-        if self.request.prompt:
+        if self.request.prompt and not self.request.waits:
             self._reply(self.conversation.ask(self.request.prompt))
             if self.request.single_turn:
                 return
@@ -135,6 +136,9 @@ class Shown:
             console.write(START)
 
     def add(self, text: str) -> None:
+        if self._how == RAW:
+            console.write(text)
+            return
         for thought, part in self._reasoning.feed(text):
             self._show(thought, part)
 

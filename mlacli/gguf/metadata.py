@@ -34,6 +34,7 @@ VALUE_TYPES = {
     12: ("f64", "d"),
 }
 TYPE_NAMES = tuple(name for name, _ in VALUE_TYPES.values())
+TYPE_NAMES_TO_TYPES = {name: type_ for type_, (name, _) in VALUE_TYPES.items()}
 SCALAR_CODES = {type_: code for type_, (_, code) in VALUE_TYPES.items() if code}
 _LENGTH = Struct("<Q")
 
@@ -99,6 +100,11 @@ class Metadata(Mapping[str, Any]):
 
     def is_array(self, key: str) -> bool:
         return isinstance(self._values.get(key), ArrayRef)
+
+    def replaced(self, key: str, value: Scalar, type_name: str) -> Metadata:
+        """The same with another scalar at `key`, which need not be there yet."""
+        types = self._types | {key: TYPE_NAMES_TO_TYPES[type_name]}
+        return Metadata(self.path, self._buffer, self._values | {key: value}, types)
 
     def integer(
         self, key: str, default: int | None = None, *, low: int = 0, high: int = 2**31 - 1

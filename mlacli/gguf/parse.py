@@ -87,6 +87,11 @@ class Header:
     notes: tuple[str, ...]
 
 
+def has_format(tensor: TensorInfo) -> bool:
+    """Whether `format_of` knows the tensor's type."""
+    return tensor.ggml_type in _FORMATS
+
+
 def format_of(path: Path, tensor: TensorInfo) -> BlockFormat:
     """The storage format of a tensor. Raises ModelError for a type that mlacli cannot decode."""
     if tensor.ggml_type in _FORMATS:

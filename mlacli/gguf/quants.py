@@ -40,7 +40,7 @@ def dequantise(data: Bytes, fmt: BlockFormat, n: int) -> Floats:
     """
     if data.ndim != 2 or data.shape[1] != fmt.row_bytes(n):
         raise ValueError(f"{fmt.name}: rows of {n} values are not bytes of shape {data.shape}")
-    header, blocks = _split(data, fmt)
+    header, blocks = split_rows(data, fmt)
     with np.errstate(invalid="ignore", over="ignore"):  # blocks may hold NaN and Inf
         values = _decode(blocks, fmt)  # (rows, blocks, size)
         if fmt.groups:
@@ -62,7 +62,7 @@ def quantise(x: Floats, fmt: BlockFormat) -> Bytes:
         raise ValueError(f"{fmt.name}: only read, never written")
     n_rows, n = x.shape
     data = np.zeros((n_rows, fmt.row_bytes(n)), np.uint8)
-    header, blocks = _split(data, fmt)
+    header, blocks = split_rows(data, fmt)
     groups = x.astype(np.float32).reshape(n_rows, n // fmt.size, fmt.size)
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         if not fmt.is_quantised:
@@ -84,7 +84,7 @@ def quantise(x: Floats, fmt: BlockFormat) -> Bytes:
     return data
 
 
-def _split(data: Bytes, fmt: BlockFormat) -> tuple[Any, Any]:
+def split_rows(data: Bytes, fmt: BlockFormat) -> tuple[Any, Any]:
     """Structured views of the row headers (rows, 1) and blocks (rows, blocks)."""
     if not data.flags.c_contiguous:
         data = np.ascontiguousarray(data)

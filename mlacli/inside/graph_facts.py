@@ -10,7 +10,6 @@ from itertools import groupby
 
 from codegen.targets.base import Target
 from mlacli.context import ContextPlan, PlannedGraph, plan_context
-from mlacli.engine import load_model
 from mlacli.errors import UsageError
 from mlacli.fit import wanted_context
 from mlacli.free_memory import available_bytes
@@ -18,6 +17,7 @@ from mlacli.graph.lower import scratch_bytes
 from mlacli.graph.matrix import Matrix
 from mlacli.graph.node import Dim, Node
 from mlacli.graph.ops import lower_graph
+from mlacli.loading import model_for
 from mlacli.machine import this_target
 from mlacli.settings import RunSettings
 
@@ -94,7 +94,7 @@ def named(graphs: tuple[GraphFacts, ...], name: str | None) -> tuple[GraphFacts,
 
 def planned(settings: RunSettings, target: Target) -> ContextPlan:
     """The context that these settings give, planned; one that does not fit, too."""
-    model = load_model(settings.model)
+    model = model_for(replace(settings, mmap=True))
     n_ctx = wanted_context(model.config, settings, available_bytes(), lambda line: None)
     return plan_context(model.config, model.weights, settings, target, n_ctx=n_ctx)
 

@@ -343,20 +343,19 @@ def _yarn(keys: Keys) -> Yarn | None:
     if kind == "none":
         return None
     factor = keys.number(scaling + "factor", 1.0, MAX_ROPE_FACTOR, default=1.0)
-    if kind == "linear" and factor == 1.0:
+    named = "yarn_attn_factor" if scaling + "yarn_attn_factor" in keys else "attn_factor"
+    attn_factor = keys.number(scaling + named, 1e-3, 1e3, default=1.0)
+    if kind == "linear" and factor == attn_factor == 1.0:
         return None
     trained = keys.integer("context_length", 1, MAX_CONTEXT)
-    attn_factor = scaling + "yarn_attn_factor"
-    if attn_factor not in keys:
-        attn_factor = scaling + "attn_factor"
     beta_slow = keys.number(scaling + "yarn_beta_slow", 1e-6, 1e6, default=1.0)
-    is_yarn = kind == "yarn"
+    mixed = 1.0 if kind == "yarn" else 0.0
     return Yarn(
         factor=factor,
         original_context=keys.integer(scaling + "original_context_length", 1, MAX_CONTEXT, trained),
         log_multiplier=keys.number(scaling + "yarn_log_multiplier", 0.0, 10.0, default=0.0),
         beta_fast=keys.number(scaling + "yarn_beta_fast", beta_slow, 1e6, default=32.0),
         beta_slow=beta_slow,
-        ext_factor=keys.number(scaling + "yarn_ext_factor", 0.0, 1.0, 1.0) if is_yarn else 0.0,
-        attn_factor=keys.number(attn_factor, 1e-3, 1e3, default=1.0),
+        ext_factor=keys.number(scaling + "yarn_ext_factor", 0.0, 1.0, default=mixed),
+        attn_factor=attn_factor,
     )

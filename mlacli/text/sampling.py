@@ -9,7 +9,7 @@ import numpy as np
 
 from mlacli.errors import ModelError, UsageError
 from mlacli.sampling_settings import MAX_SEED, RANDOM_SEEDS, SamplingSettings
-from mlacli.text import filters, mirostat
+from mlacli.text import adaptive, filters, mirostat
 from mlacli.text.filters import Logits, TokenIds
 from mlacli.text.penalties import (
     dry_penalties,
@@ -49,6 +49,8 @@ class Sampler:
         self._breakers = [b.encode("utf-8", "surrogateescape") for b in settings.breakers]
         self._n = 0
         self._mu = 2 * settings.mirostat_ent
+        self._taken = adaptive.Average(settings.adaptive_target, settings.adaptive_decay)
+        self._probabilities: Logits | None = None  # before adaptive-p changed them
         self._random = np.random.Generator(np.random.PCG64(self.seed))
         self._chain = [name for name in settings.chain if self._does_something(name)]
 
@@ -100,6 +102,8 @@ class Sampler:
         if self.settings.temp == 0.0 and "temperature" in self._chain:
             return int(ids[filters.greedy(left)])
         place = filters.draw(left.astype(np.float64), self._random.random())
+        if self._probabilities is not None:
+            self._taken.add(float(self._probabilities[place]))
         if self.settings.mirostat:
             target, rate = self.settings.mirostat_ent, self.settings.mirostat_lr
             self._mu = mirostat.moved(self._mu, left, place, target=target, rate=rate)
@@ -120,6 +124,7 @@ class Sampler:
             "top_p": s.top_p < 1,
             "min_p": s.min_p > 0,
             "xtc": s.xtc_probability > 0 and s.xtc_threshold <= 0.5,
+            "adaptive_p": s.adaptive_target >= 0 and (s.temp > 0 or "temperature" not in s.chain),
         }.get(name, True)
 
     def _apply(self, name: str, ids: TokenIds, logits: Logits) -> tuple[TokenIds, Logits]:
@@ -142,6 +147,10 @@ class Sampler:
                 if self._random.random() >= s.xtc_probability:
                     return ids, logits
                 return _compressed(ids, filters.exclude_top(logits, s.xtc_threshold))
+            case "adaptive_p":
+                self._probabilities = filters.softmax(logits)
+                wanted = adaptive.near(self._probabilities, self._taken.wanted)
+                return ids, np.where(logits > -np.inf, wanted, -np.inf)
             case "mirostat" if s.mirostat == 1:
                 return _compressed(ids, mirostat.cut_by_rank(logits, self._mu, self.n_vocab))
             case "mirostat":

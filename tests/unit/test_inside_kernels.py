@@ -52,7 +52,7 @@ class NoJit:
 
     target = this_target()
 
-    def load_all(self, specs: Iterable[KernelSpec]) -> None:
+    def load_all(self, specs: Iterable[KernelSpec], progress: object = None) -> None:
         raise Asked({spec.symbol for spec in specs})
 
 

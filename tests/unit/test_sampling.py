@@ -18,6 +18,7 @@ from mlacli.sampling_settings import (
     SamplingSettings,
     sampling_notes,
 )
+from mlacli.text import adaptive
 from mlacli.text.filters import Logits
 from mlacli.text.sampling import Sampler
 from tests.unit.test_filters import probabilities, ranked
@@ -210,3 +211,40 @@ def test_what_runs_in_place_of_mirostat_is_said() -> None:
     ]
     assert sampling_notes(SamplingSettings()) == []
     assert SamplingSettings().chain == SAMPLERS
+
+
+def test_adaptive_p_against_its_formula() -> None:
+    """llama.cpp pull request 17927, token by token, from the definition of the weighted mean."""
+    target, decay = 0.3, 0.8
+    logits = np.log(np.array([0.5, 0.25, 0.15, 0.07, 0.03]))
+    p = np.exp(logits) / np.exp(logits).sum()
+    average, taken = adaptive.Average(target, decay), [0, 3, 1, 1, 2, 0]
+    for n, token in enumerate(taken):
+        ages = decay ** np.arange(n)[::-1]
+        before = decay**n / (1 - decay)  # as if all tokens before had had the target
+        mean = (sum(ages * p[taken[:n]]) + before * target) / (sum(ages) + before)
+        wanted = min(max(2 * target - mean, 0), 1)
+        assert average.wanted == pytest.approx(wanted)
+        x = np.abs(p - wanted) / 0.3
+        np.testing.assert_allclose(adaptive.near(p, wanted), 5 - 10 * x * x / (1 + x))
+        average.add(p[token])
+
+
+@pytest.mark.parametrize("target", [0.15, 0.3, 0.45])
+def test_adaptive_p_holds_its_target(target: float) -> None:
+    logits = np.log(np.array([0.5, 0.25, 0.15, 0.07, 0.03], np.float32))
+    settings = SamplingSettings(temp=1, top_p=1, min_p=0, top_k=0, adaptive_target=target, seed=3)
+    sampler = Sampler(settings, 5)
+    found = np.exp([logits[sampler.sample(logits)] for _ in range(2000)])
+    assert np.mean(found) == pytest.approx(target, abs=0.04)  # it steers, not solves
+
+
+def test_adaptive_p_is_last_and_off_by_default() -> None:
+    chain = SamplingSettings(sampling_seq=("adaptive_p", "top_k")).chain
+    assert chain == ("top_k", "adaptive_p")
+    logits = np.array([3, 2, 1], np.float32)
+    greedy = Sampler(SamplingSettings(temp=0, adaptive_target=0.01), 3)
+    assert greedy.sample(logits) == 0
+    ruled_out = SamplingSettings(logit_bias=((1, -math.inf),), adaptive_target=0, top_k=0, min_p=0)
+    sampler = Sampler(ruled_out, 3)
+    assert 1 not in {sampler.sample(logits) for _ in range(50)}

@@ -164,8 +164,8 @@ def test_a_forged_file_is_refused(
         (b"", "is empty$"),
         (b"ggsn\x0a\0\0\0" + b"\0" * 99, "is a session of llama.cpp, which mlacli cannot read$"),
         (b"GGUF" + b"\0" * 99, "is not a session of mlacli$"),
-        (MAGIC + b"\2\0\0\0" + b"\0" * 99, r"has version 2 of the format \(known: 1\)$"),
-        (MAGIC + b"\1\0\0\0" + b"\xff" * 99, r"has a header of 4294967295 bytes"),
+        (MAGIC + b"\1\0\0\0" + b"\0" * 99, r"has version 1 of the format \(known: 2\)$"),
+        (MAGIC + b"\2\0\0\0" + b"\xff" * 99, r"has a header of 4294967295 bytes"),
     ],
 )
 def test_other_files(data: bytes, line: str, tiny_model: TinyModel, tmp_path: Path) -> None:

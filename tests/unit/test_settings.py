@@ -179,7 +179,7 @@ def test_sampling_defaults_are_llama_cpps() -> None:
         ("samplers", "top-k; TEMP;nucleus", ("top_k", "temperature", "top_p")),
         ("samplers", "typ_p;tfs;top_nsigma", ("typical_p", "tfs_z", "top_n_sigma")),
         ("samplers", "", ()),
-        ("sampling_seq", "edskfypmxt", SAMPLERS),
+        ("sampling_seq", "edskfypmxtw", SAMPLERS),
         ("sampling_seq", "ktn", ("top_k", "temperature", "top_n_sigma")),
         ("logit_bias", "29905+1.5", (29905, 1.5)),
         ("logit_bias", "7-inf", (7, -math.inf)),
@@ -194,10 +194,10 @@ def test_what_sampling_flags_read(field: str, text: str, value: Any) -> None:
     ("field", "text", "line"),
     [
         ("samplers", "topk", "did you mean top_k?"),
-        ("samplers", "adaptive-p", "--samplers: 'adaptive-p' is not a sampler of mlacli"),
+        ("samplers", "infill", "--samplers: 'infill' is not a sampler of mlacli"),
         ("samplers", "bogus", "--samplers: 'bogus' is not one of penalties, dry, "),
         ("sampling_seq", "kz", "--sampling-seq: 'z' is not one of e penalties, d dry, "),
-        ("sampling_seq", "w", "--sampling-seq: 'w' (adaptive_p) is not a sampler of mlacli"),
+        ("sampling_seq", "i", "--sampling-seq: 'i' (infill) is not a sampler of mlacli"),
         ("logit_bias", "7", "-l: '7' is not a token and a bias such as 29905-1.5"),
         ("logit_bias", "7+inf", "-l: '7+inf' is not a token and a bias such as 29905-1.5"),
         ("logit_bias", "-1+1", "-l: '-1+1' is not a token and a bias such as 29905-1.5"),
@@ -226,7 +226,7 @@ def test_request_needs_a_prompt() -> None:
 
 def test_every_field_that_a_flag_sets_has_a_rule() -> None:
     ruled = rules(RunSettings)
-    assert set(RunSettings.__dataclass_fields__) - set(ruled) == {"model", "verbose"}
+    assert set(RunSettings.__dataclass_fields__) - set(ruled) == {"model", "verbose", "rope"}
 
 
 WHOLE, DECIMAL = Limit("-n", 0, 1000), Limit("-x", 0, 2, float)
