@@ -10,9 +10,9 @@ from typing import Any
 
 from mlacli.errors import SessionError, SpaceError, UsageError
 from mlacli.files import write_whole
-from mlacli.session import Session, kept, rendered
+from mlacli.session import Session, rendered, reply_to
 from mlacli.text.reasoning import opens_a_thought
-from mlacli.text.tokenizer import StreamDecoder
+from mlacli.text.stops import Stops
 
 ROLES = ("system", "user", "assistant")
 _MAX_LOG = 64 << 20
@@ -53,28 +53,13 @@ class Conversation:
         self.messages = [m for m in self.messages[:1] if m["role"] == "system"]
 
     def _answer(self, tokens: list[int]) -> Iterator[str]:
-        generator, request = self.session.generator, self.session.request
-        tokenizer, said = self.session.tokenizer, ""
-        if generator.constraint:
-            generator.constraint.restart()
+        stops = Stops(self.session.request.reverse_prompt, shown=True)
+        reply = reply_to(self.session, tokens, stops)
         try:
-            logits = generator.prompt(tokens)
-            generator.keep = kept(self.session, len(tokens))
-            decoder = StreamDecoder(tokenizer)
-            for token in generator.stream(logits, request.limit):
-                if tokenizer.is_end_of_generation(token):
-                    break
-                text = decoder.feed(token)
-                said += text
-                yield text
-                if any(said.endswith(end) for end in request.reverse_prompt):
-                    break
-            text = decoder.flush()
-            said += text
-            yield text
+            yield from reply.pieces(self.session.generator.prompt(tokens))
         finally:
-            if said:
-                self.messages.append({"role": "assistant", "content": said})
+            if reply.text:
+                self.messages.append({"role": "assistant", "content": reply.text})
 
     def _fitting(self) -> list[int]:
         """The conversation's tokens; its oldest turns are forgotten when it has become too long."""

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from mlacli.context import ContextPlan, plan_context
 from mlacli.errors import UsageError
 from mlacli.fit import check_plan
 from mlacli.gguf.reader import GGUFFile, open_gguf
+from mlacli.graph.lower import Lowering
 from mlacli.graph.node import Dim, Node
 from mlacli.graph.ops import lower_graph
 from mlacli.graph.program import Memory, Program
@@ -86,6 +87,7 @@ class Engine:
         n_out_max: int = 1,
         pool: Pool | None = None,
         keep: tuple[str, ...] = (),
+        kernels: Mapping[str, Lowering] | None = None,
     ) -> None:
         self.model, self.settings = model, settings
         self.plan = plan_context(
@@ -96,6 +98,7 @@ class Engine:
             n_ctx=n_ctx,
             n_out_max=n_out_max,
             keep=keep,
+            kernels=kernels,
         )
         integer = model.weights.v_b(0).fmt.integer_dot
         self.chooser = chooser(settings, model.config, profile, integer=integer)
@@ -123,7 +126,8 @@ class Engine:
         wanted: Sequence[int] | None = None,
     ) -> Logits:
         """Evaluate tokens in micro-batches; logits of the `wanted` ones, which rise (default: the
-        last). The result is only valid until the next call.
+        last). The result is only valid until the next call. A micro-batch ends early where it would
+        give more logits than are planned.
 
         Raises SpaceError when the context is full, Cancelled after `cancel`: the micro-batches
         before the one that was cancelled stay in the cache.
@@ -131,15 +135,18 @@ class Engine:
         wanted = [len(tokens) - 1] if wanted is None else list(wanted)
         sequences = [0] * len(tokens) if sequences is None else sequences
         rows: list[Logits] = []
-        n_ubatch = self.plan.n_tokens_max
-        for start in range(0, len(tokens), n_ubatch):
+        n_ubatch, n_out_max, start = self.plan.n_tokens_max, self.plan.n_out_max, 0
+        while start < len(tokens):
             stop = min(start + n_ubatch, len(tokens))
             part = [w - start for w in wanted if start <= w < stop]
+            if len(part) > n_out_max:
+                stop, part = start + part[n_out_max], part[:n_out_max]
             logits = self.step(
                 tokens[start:stop], positions[start:stop], sequences[start:stop], part
             )
             if part or stop == len(tokens):
                 rows.append(logits.copy() if stop < len(tokens) else logits)
+            start = stop
         return rows[0] if len(rows) == 1 else np.concatenate(rows)
 
     def step(
@@ -156,13 +163,16 @@ class Engine:
         start = time.perf_counter_ns()
         program = self.program(self.graph_name(n))
         cells = self.cache.allocate(positions, sequences)
-        self._fill(tokens, positions, sequences, cells, wanted)
-        threads = self.settings.n_threads if n <= FEW_TOKENS else self.settings.n_threads_batch
-        records = self.profile.records(program, threads) if self.profile else None
-        if not program.run(self.pool, threads, records):
-            self.pool.clear_cancel()
+        try:
+            self._fill(tokens, positions, sequences, cells, wanted)
+            threads = self.settings.n_threads if n <= FEW_TOKENS else self.settings.n_threads_batch
+            records = self.profile.records(program, threads) if self.profile else None
+            if not program.run(self.pool, threads, records):
+                self.pool.clear_cancel()
+                raise Cancelled
+        except BaseException:  # also what a signal handler raises: these rows count for nothing
             self.cache.release(cells)
-            raise Cancelled
+            raise
         if self.profile:
             batch = Batch(n, self.cache.n_rows, len(wanted))
             self.profile.add(program, batch, time.perf_counter_ns() - start)

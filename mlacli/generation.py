@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-from mlacli.engine import Cancelled, Engine, Logits
+from mlacli.engine import Engine, Logits
 from mlacli.profile import Profiles
 from mlacli.text.grammar import Constraint
 from mlacli.text.sampling import Sampler
@@ -84,8 +84,26 @@ class Generator:
         What the cache holds of them is reused, and the rest of it forgotten; the last token is
         evaluated in any case. Raises SpaceError, Cancelled: then `tokens` are those that came in.
         """
-        engine, timings = self.engine, self.timings
         n = min(common_length(self.tokens, tokens), len(tokens) - 1)
+        last: Logits = self._evaluated(tokens, n, [len(tokens) - n - 1])[-1]
+        return last
+
+    def every(self, tokens: Sequence[int], first: int = 0) -> Logits:
+        """Logits behind each of these tokens from number `first` on, all evaluated anew.
+
+        As many at a time as the engine has planned outputs for. Raises as `prompt` does.
+        """
+        return self._evaluated(tokens, 0, range(first, len(tokens)))
+
+    def forget(self) -> None:
+        """Empty the cache."""
+        self.engine.cache.clear()
+        self.tokens = []
+
+    def _evaluated(self, tokens: Sequence[int], n: int, wanted: Sequence[int]) -> Logits:
+        """Logits of the tokens `wanted`, counted behind the first n, which the cache holds."""
+        engine, timings = self.engine, self.timings
+        self.tokens = list(tokens[:n])
         engine.cache.truncate(0, n)
         self.sampler.rewind(n)
         for token in tokens[self.sampler.position :]:
@@ -93,16 +111,13 @@ class Generator:
         engine.profile = self.profiles.prompt if self.profiles else None
         start = time.perf_counter()
         try:
-            logits = engine.eval(tokens[n:], range(n, len(tokens)))
-        except Cancelled:
+            logits = engine.eval(tokens[n:], range(n, len(tokens)), wanted=wanted)
+        finally:
             self.tokens = list(tokens[: engine.cache.n_used])
-            raise
         timings.prompt += time.perf_counter() - start
         timings.n_prompt += len(tokens) - n
         timings.n_reused += n
-        self.tokens = list(tokens)
-        last: Logits = logits[-1]
-        return last
+        return logits
 
     def stream(self, logits: Logits, limit: int) -> Iterator[int]:
         """Up to `limit` tokens, drawn one after another; each but the last is evaluated when the

@@ -5,8 +5,9 @@ A rule has the flag's name, `parse(text)` and `check(value)`; both raise UsageEr
 
 from __future__ import annotations
 
+import difflib
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Protocol
 
@@ -130,6 +131,12 @@ class Rule(Protocol):
     def flag(self) -> str: ...
     def check(self, value: Any) -> None: ...
     def parse(self, text: str) -> Any: ...
+
+
+def near(word: str, known: Collection[str]) -> str:
+    """`; did you mean X?` for the nearest known word, or nothing."""
+    found = difflib.get_close_matches(word, known, n=1, cutoff=0.7)
+    return f"; did you mean {found[0]}?" if found else ""
 
 
 def ruled(rule: Rule, *, each: bool = False) -> dict[str, Any]:

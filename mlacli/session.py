@@ -14,10 +14,12 @@ from mlacli.engine import Cancelled, Engine, Model, load_model
 from mlacli.errors import UsageError
 from mlacli.fit import GIB, size_text
 from mlacli.generation import Generator, Timings, common_length
+from mlacli.graph.lower import Lowering
 from mlacli.machine import machine_profile, make_jit, measure_peaks
 from mlacli.memory import huge_bytes, lock
 from mlacli.profile import Profiles
 from mlacli.profile_table import profile_lines
+from mlacli.reply import Reply
 from mlacli.report import buffer_lines, context_size, repack_notes
 from mlacli.sampling_settings import sampling_lines
 from mlacli.session_file import load_session, save_session
@@ -26,11 +28,13 @@ from mlacli.signals import EXIT_OF_SIGNAL, stop_on_signals
 from mlacli.text.chat import ChatTemplate
 from mlacli.text.grammar import Constraint
 from mlacli.text.sampling import Sampler
+from mlacli.text.stops import Stops
 from mlacli.text.templates import FALLBACK, NAMED
-from mlacli.text.tokenizer import Piece, StreamDecoder, Tokenizer
+from mlacli.text.tokenizer import Piece, Tokenizer
 from mlacli.text.vocabulary import tokenizer_data
 
 UNTIL_FULL = -2
+NO_TEMPLATE = "note: the file has no chat template: User: ... Assistant: ... is used"
 Messages = Sequence[Mapping[str, Any]]
 
 
@@ -44,6 +48,7 @@ class Session:
     generator: Generator
     jit: Jit
     request: Request
+    has_template: bool = True  # the file's or the request's, not the fallback
 
     @property
     def engine(self) -> Engine:
@@ -65,11 +70,7 @@ class Session:
         engine, request, settings = self.engine, self.request, self.engine.settings
         for line in buffer_lines(engine.plan, settings):
             note(line)
-        for line in repack_notes(engine.plan, settings):
-            note(f"note: {line}")
-        engine.repack(progress_lines(note))
-        for line in memory_notes(self.model, settings):
-            note(line)
+        self.take_weights(note)
         if settings.verbose:
             note(_path_line(engine))
         for line in sampling_lines(request.sampling, self.generator.sampler.seed):
@@ -78,6 +79,22 @@ class Session:
             f"generate: n_ctx = {engine.n_ctx}, n_batch = {settings.n_batch}, "
             f"n_predict = {request.n_predict}"
         )
+
+    def take_weights(self, note: Callable[[str], None]) -> None:
+        """Interleave and lock them if wanted. Raises SpaceError, Cancelled."""
+        engine, settings = self.engine, self.engine.settings
+        for line in repack_notes(engine.plan, settings):
+            note(f"note: {line}")
+        engine.repack(progress_lines(note))
+        for line in memory_notes(self.model, settings):
+            note(line)
+
+    def take_programs(self, n_tokens: int) -> list[str]:
+        """Have ready what evaluates a prompt of so many tokens and what follows; notes on it."""
+        engine = self.engine
+        batch = max(1, min(n_tokens, engine.plan.n_tokens_max))
+        engine.prepare(engine.graph_name(batch), engine.graph_name(1))
+        return list(self.jit.notes)
 
     def save(self) -> None:
         """Write --prompt-cache, unless it is only read. Raises SpaceError."""
@@ -110,23 +127,34 @@ def open_session(
     note: Callable[[str], None],
     *,
     profiles: Profiles | None = None,
+    n_out_max: int = 1,
+    kernels: Mapping[str, Lowering] | None = None,
 ) -> Session:
-    """Load a model and get everything ready. Raises MlaError."""
+    """Load a model and get everything ready; `n_out_max` and `kernels` are the engine's.
+
+    Raises MlaError.
+    """
     timings = Timings()
     model = load_model(settings.model, mmap=settings.mmap, huge=settings.thp)
     data = tokenizer_data(model.file.metadata, str(settings.model))
     tokenizer = Tokenizer(data, model.config.n_vocab)
     constraint = Constraint(request.grammar, tokenizer) if request.grammar else None
-    template = _template(tokenizer, request)  # its process starts up meanwhile
-    for line in model.notes:
-        note(f"note: {line}")
-    n_ctx = context_size(model.config, settings, note=note)
-    jit = make_jit()
-    engine = start_engine(model, settings, jit, n_ctx)
-    end_ids = () if constraint else tokenizer.end_ids
-    sampler = Sampler(request.sampling, model.config.n_vocab, end_ids, tokenizer.piece)
-    generator = Generator(engine, sampler, timings, profiles, constraint=constraint)
-    return Session(model, tokenizer, template, generator, jit, request)
+    with contextlib.ExitStack() as undo:
+        template = _template(tokenizer, request)  # its process starts up meanwhile
+        if template is not None:
+            undo.callback(template.close)
+        for line in model.notes:
+            note(f"note: {line}")
+        n_ctx = context_size(model.config, settings, note=note)
+        jit = make_jit()
+        engine = start_engine(model, settings, jit, n_ctx, n_out_max=n_out_max, kernels=kernels)
+        undo.callback(engine.pool.close)
+        end_ids = () if constraint else tokenizer.end_ids
+        sampler = Sampler(request.sampling, model.config.n_vocab, end_ids, tokenizer.piece)
+        generator = Generator(engine, sampler, timings, profiles, constraint=constraint)
+        undo.pop_all()  # all went well
+    known = bool(request.template or data.chat_template)
+    return Session(model, tokenizer, template, generator, jit, request, known)
 
 
 def run_prompt(
@@ -143,9 +171,7 @@ def run_prompt(
         engine, timings = session.engine, session.generator.timings
         tokens = prompt_tokens(session, note)
         session.announce(note)
-        batch = min(len(tokens), settings.n_ubatch)
-        engine.prepare(engine.graph_name(batch), engine.graph_name(1))
-        for line in session.jit.notes:
+        for line in session.take_programs(len(tokens)):
             note(f"note: {line}")
         timings.load = time.perf_counter() - timings.started
         session.restore(tokens, note)
@@ -164,20 +190,25 @@ def run_prompt(
 
 def _answer(session: Session, tokens: Sequence[int], write: Callable[[str], None]) -> None:
     """Evaluate the prompt, then sample until an end token, -n, the context's end or Ctrl-C."""
-    logits, request = session.generator.prompt(tokens), session.request
-    session.generator.keep = kept(session, len(tokens))
-    if not request.prompt_cache_all:
+    logits = session.generator.prompt(tokens)
+    if not session.request.prompt_cache_all:
         session.save()
-    decoder = StreamDecoder(session.tokenizer)
-    for token in session.generator.stream(logits, request.limit):
-        # -n -2 fills the context whatever the model says.
-        if session.tokenizer.is_end_of_generation(token) and request.n_predict != UNTIL_FULL:
-            break
-        write(decoder.feed(token))
-    write(decoder.flush())
+    for text in reply_to(session, tokens, Stops(())).pieces(logits):
+        write(text)
 
 
-def kept(session: Session, n_prompt: int) -> int | None:
+def reply_to(session: Session, tokens: Sequence[int], stops: Stops) -> Reply:
+    """The answer that the request asks for, behind a prompt of these tokens."""
+    generator, request = session.generator, session.request
+    generator.keep = _kept(session, len(tokens))
+    if generator.constraint:
+        generator.constraint.restart()
+    # -n -2 fills the context whatever the model says.
+    ignores_end = request.n_predict == UNTIL_FULL
+    return Reply(generator, session.tokenizer, request.limit, stops, ignores_end)
+
+
+def _kept(session: Session, n_prompt: int) -> int | None:
     """What a context shift keeps in front, if there is to be one: --keep, and BOS in any case."""
     request = session.request
     if not request.context_shift or request.n_predict == UNTIL_FULL:
@@ -212,12 +243,25 @@ def _profiled(profiles: Profiles, engine: Engine, jit: Jit) -> Iterator[str]:
 
 
 def start_engine(
-    model: Model, settings: RunSettings, jit: Jit, n_ctx: int, *, n_out_max: int = 1
+    model: Model,
+    settings: RunSettings,
+    jit: Jit,
+    n_ctx: int,
+    *,
+    n_out_max: int = 1,
+    kernels: Mapping[str, Lowering] | None = None,
 ) -> Engine:
-    """An engine whose -mla 3 knows this machine."""
+    """An engine whose -mla 3 knows this machine, with a pool of its own."""
     pool = Pool(jit, max(settings.n_threads, settings.n_threads_batch))
-    profile = machine_profile(jit, pool, settings)
-    return Engine(model, settings, jit, profile, n_ctx=n_ctx, n_out_max=n_out_max, pool=pool)
+    try:
+        profile = machine_profile(jit, pool, settings)
+        return Engine(
+            model, settings, jit, profile,
+            n_ctx=n_ctx, n_out_max=n_out_max, pool=pool, kernels=kernels,
+        )  # fmt: skip
+    except BaseException:
+        pool.close()
+        raise
 
 
 def progress_lines(note: Callable[[str], None]) -> Callable[[int, int], None]:

@@ -13,9 +13,9 @@ ROOT = Path(__file__).resolve().parent.parent
 # Each level may import itself and the levels below it; the first matching name counts.
 LEVELS = (
     ("mlacli.__main__", "mlacli.cli"),
-    ("mlacli.chat",),
+    ("mlacli.chat", "mlacli.api", "mlacli.api_call"),
     ("mlacli.bench", "mlacli.bench_table", "mlacli.bench_runner", "mlacli.session", "mlacli.sweep"),
-    ("mlacli.generation", "mlacli.session_file", "mlacli.signals"),
+    ("mlacli.generation", "mlacli.session_file", "mlacli.signals", "mlacli.reply"),
     (
         *("mlacli.engine", "mlacli.context", "mlacli.machine", "mlacli.calibrate"),
         *("mlacli.roofline", "mlacli.fit"),
@@ -28,7 +28,7 @@ LEVELS = (
     (
         *("mlacli.gguf", "mlacli.text", "mlacli.settings", "mlacli.limits", "mlacli.cpu_count"),
         *("mlacli.debug", "mlacli.errors", "mlacli.memory", "mlacli.free_memory"),
-        *("mlacli.sampling_settings", "mlacli.files", "mlacli.pictures"),
+        *("mlacli.sampling_settings", "mlacli.files", "mlacli.pictures", "mlacli.keywords"),
     ),
     ("codegen",),
 )
