@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import numpy as np
+
 from mlacli.engine import Cancelled
 from mlacli.errors import UsageError
 from mlacli.generation import Timings
@@ -138,16 +140,18 @@ def _chat_tokens(session: Session, request: Request, messages: Messages, note: N
 
 def checked_tokens(session: Session, tokens: Sequence[int], name: str) -> list[int]:
     """As Python's own numbers. Raises UsageError for none, too many, or one that is not known."""
-    found = [number(name, token, int) for token in tokens]
-    n_vocab, n_ctx = session.model.config.n_vocab, session.engine.n_ctx
-    if not found:
+    n_vocab, n_ctx, found = session.model.config.n_vocab, session.engine.n_ctx, np.asarray(tokens)
+    if not found.size:
         raise UsageError(f"{name}: there are no tokens")
+    if found.ndim != 1 or found.dtype.kind not in "iu":
+        raise UsageError(f"{name}: these are not whole numbers in a row")
     if len(found) >= n_ctx:
         raise UsageError(f"{name}: {len(found)} tokens are too many for n_ctx {n_ctx}")
-    for token in found:
-        if not 0 <= token < n_vocab:
-            raise UsageError(f"{name}: {token} is outside the vocabulary (0 to {n_vocab - 1})")
-    return found
+    wrong = found[(found < 0) | (found >= n_vocab)]
+    if wrong.size:
+        raise UsageError(f"{name}: {wrong[0]} is outside the vocabulary (0 to {n_vocab - 1})")
+    listed: list[int] = found.tolist()
+    return listed
 
 
 @dataclass

@@ -252,8 +252,10 @@ class Engine:
 
     def prepare(self, *names: str) -> None:
         """Have these programs ready before they are timed, their kernels compiled together."""
-        self.repack()
         planned = {name: self.plan.graphs[name] for name in names if name not in self._programs}
+        if not planned:
+            return
+        self.repack()
         launches = {name: lower_graph(p.lower, p.graph) for name, p in planned.items()}
         self._jit.load_all(launch.spec for each in launches.values() for launch in each)
         dims = {d: self._dims.ctypes.data + 8 * i for i, d in enumerate(Dim)}

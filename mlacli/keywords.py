@@ -86,7 +86,8 @@ def number(name: str, value: Any, kind: type[int] | type[float]) -> Any:
     if isinstance(value, bool) or not isinstance(value, Integral if kind is int else Real):
         what = "a whole number" if kind is int else "a number"
         raise UsageError(f"{name}: {str(value)[:40]!r} is not {what}")
-    return int(value) if kind is int else float(value)
+    made: int | float = kind(value)  # type: ignore[call-overload]  # numbers.Real has both
+    return made
 
 
 @contextmanager
