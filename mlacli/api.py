@@ -27,6 +27,7 @@ from mlacli.api_call import (
     Answer,
     Asked,
     Messages,
+    Tokens,
     asked,
     checked_tokens,
     request_of,
@@ -80,7 +81,9 @@ def load(
         with named("chat_template", "--chat-template"):
             template = template_source(chat_template)
     request = Request("", talks=True, template=template, template_kwargs=template_kwargs or {})
-    said = Notes(notes(chosen))
+    said = Notes()
+    for line in notes(chosen):
+        said.add(line)
     session = open_session(chosen, request, said.add, n_out_max=n_out, kernels=kernels)
     return Model(session, said)
 
@@ -106,6 +109,8 @@ class Model:
         engine = session.engine
         self.notes, self.n_ctx, self.n_vocab = said, engine.n_ctx, session.model.config.n_vocab
         self.path, self.settings = session.model.file.path, engine.settings
+        data = session.tokenizer.data
+        self.bos = data.bos if data.add_bos else None  # what the file asks texts to begin with
         self._session: Session | None = session
         self._interrupts = Interrupts(engine.pool)
         self._lock, self._guard = threading.Lock(), threading.Lock()
@@ -218,7 +223,7 @@ class Model:
         return self._open().tokenizer.decode(tokens, special).decode("utf-8", "replace")
 
     def logits(
-        self, tokens: Sequence[int], *, every: bool = False, first: int = 0
+        self, tokens: Tokens, *, every: bool = False, first: int = 0
     ) -> npt.NDArray[np.float32]:
         """Logits behind the last of these tokens, (n_vocab,); a copy.
 
@@ -227,7 +232,7 @@ class Model:
         reused. Raises UsageError, and Cancelled after `cancel`.
         """
         with self._used() as session:
-            found = checked_tokens(session, tokens, "tokens")
+            found = checked_tokens(session, tokens, "tokens", self.n_ctx)
             Limit("first", 0, len(found) - 1).check(number("first", first, int))
             generator = session.generator
             reused = 0 if every else min(common_length(generator.tokens, found), len(found) - 1)

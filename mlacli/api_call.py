@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 
 from mlacli.engine import Cancelled
 from mlacli.errors import UsageError
@@ -24,6 +25,7 @@ from mlacli.text.stops import Stops
 
 Messages = Sequence[Mapping[str, str]]
 Note = Callable[[str], None]
+Tokens = Sequence[int] | npt.NDArray[np.integer[Any]]
 # keyword: kind of grammar
 _GRAMMARS = {"grammar": "gbnf", "json_schema": "json", "regex": "regex"}
 # The sampler has one list of names here; the letters are the command line's.
@@ -109,11 +111,13 @@ def tokens_of(
     """The prompt's tokens. Raises UsageError also when the context has no room for it."""
     if bool(request.prompt) == (messages is not None):
         raise UsageError("prompt and messages: give one of them")
+    room = session.engine.n_ctx - 1  # a token at least is to follow
     if messages is not None:
-        return checked_tokens(session, _chat_tokens(session, request, messages, note), "messages")
+        tokens = _chat_tokens(session, request, messages, note)
+        return checked_tokens(session, tokens, "messages", room)
     template = None if request.raw or not session.has_template else session.template
     tokens = encode_prompt(session.tokenizer, template, request, note)
-    return checked_tokens(session, tokens, "prompt")
+    return checked_tokens(session, tokens, "prompt", room)
 
 
 def _chat_tokens(session: Session, request: Request, messages: Messages, note: Note) -> list[int]:
@@ -138,15 +142,16 @@ def _chat_tokens(session: Session, request: Request, messages: Messages, note: N
     return session.tokenizer.encode_prompt(rendered(session.template, given, note))
 
 
-def checked_tokens(session: Session, tokens: Sequence[int], name: str) -> list[int]:
+def checked_tokens(session: Session, tokens: Tokens, name: str, most: int) -> list[int]:
     """As Python's own numbers. Raises UsageError for none, too many, or one that is not known."""
-    n_vocab, n_ctx, found = session.model.config.n_vocab, session.engine.n_ctx, np.asarray(tokens)
+    n_vocab, found = session.model.config.n_vocab, np.asarray(tokens)
     if not found.size:
         raise UsageError(f"{name}: there are no tokens")
     if found.ndim != 1 or found.dtype.kind not in "iu":
         raise UsageError(f"{name}: these are not whole numbers in a row")
-    if len(found) >= n_ctx:
-        raise UsageError(f"{name}: {len(found)} tokens are too many for n_ctx {n_ctx}")
+    if len(found) > most:
+        n_ctx = session.engine.n_ctx
+        raise UsageError(f"{name}: {len(found)} tokens do not fit n_ctx {n_ctx} (limit {most})")
     wrong = found[(found < 0) | (found >= n_vocab)]
     if wrong.size:
         raise UsageError(f"{name}: {wrong[0]} is outside the vocabulary (0 to {n_vocab - 1})")
