@@ -40,13 +40,14 @@ def imported(path: Path, name: str) -> ModuleType:
 own = imported(SCRIPT, "own_attention")
 
 
-def with_sizes(**changes: Any) -> dict[str, Lowering]:
-    """The example's kernel with other build-time sizes."""
+def with_scale(factor: float) -> dict[str, Lowering]:
+    """The example's kernel with a wrong scale."""
 
     def launches(lower: Lower, node: Node) -> list[Launch]:
         (launch,) = own.launches(lower, node)
-        spec = own.own_attention(**(dict(launch.spec.sizes) | changes))
-        return [replace(launch, spec=spec)]
+        sizes = dict(launch.spec.sizes)
+        sizes["scale"] *= factor
+        return [replace(launch, spec=own.own_attention(**sizes))]
 
     return {"flash_absorbed": Lowering(launches, where=own.suits)}
 
@@ -71,7 +72,7 @@ def test_the_example_agrees_with_the_built_in_kernel(type_k: str) -> None:
         assert all(other.kernels()[name][0].startswith("own_attention_") for name in layers)
         assert all(built_in.kernels()[name][0].startswith("flash_attn_") for name in layers)
         assert other.kernels(100) == built_in.kernels(100)
-    with load(**flags) as built_in, load(**flags, kernels=with_sizes(scale=0.02)) as wrong:
+    with load(**flags) as built_in, load(**flags, kernels=with_scale(0.5)) as wrong:
         assert own.compare(wrong, built_in, depth=300, n=12).error > 10 * own.TOLERANCE
 
 
