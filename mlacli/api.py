@@ -118,7 +118,8 @@ class Model:
         self._call: Asked | None = None  # the last one that was begun
         self._release = weakref.finalize(self, _release, session, self._interrupts)
         try:
-            session.take_weights(said.add)
+            with self._interrupts:
+                session.take_weights(said.add)
         except BaseException:
             self._release()
             raise

@@ -86,7 +86,10 @@ def _grammar(given: Mapping[str, str | Mapping[str, Any] | None]) -> Grammar | N
     found = []
     for name, value in given.items():
         if isinstance(value, Mapping) and name == "json_schema":
-            value = json.dumps(value)
+            try:
+                value = json.dumps(value)
+            except (TypeError, ValueError, RecursionError) as problem:
+                raise UsageError(f"{name}: is not JSON ({problem})") from problem
         if value is not None:
             if not isinstance(value, str):
                 raise UsageError(f"{name}: {str(value)[:40]!r} is not a text")
