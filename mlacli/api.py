@@ -34,6 +34,7 @@ from mlacli.api_call import (
     stops_of,
     tokens_of,
 )
+from mlacli.api_stream import Stream
 from mlacli.errors import SessionError, UsageError
 from mlacli.generation import common_length
 from mlacli.graph.lower import Lowering
@@ -332,63 +333,6 @@ class Model:
                     session.engine.pool.clear_cancel()
         finally:
             self._lock.release()
-
-
-class Stream(Iterator[str]):
-    """An answer, piece by piece; made by `Model.stream`. `answer` is what has come so far."""
-
-    def __init__(self, model: Model, call: Asked) -> None:
-        self._model, self._call, self._ended = model, call, False
-
-    @property
-    def answer(self) -> Answer:
-        return self._call.answer
-
-    def __iter__(self) -> Stream:
-        return self
-
-    def __next__(self) -> str:
-        text = None if self._ended else self._next()
-        if text is None:
-            raise StopIteration
-        return text
-
-    def rest(self) -> Answer:
-        """The whole answer, once it has ended."""
-        if not self._ended:
-            with self._begun():
-                while self._piece() is not None:
-                    pass
-        return self.answer
-
-    def close(self) -> None:
-        """Ask for no more of it."""
-        self._call.cancelled, self._ended = True, True
-
-    def _next(self) -> str | None:
-        with self._begun():
-            return self._piece()
-
-    def _piece(self) -> str | None:
-        text = None if self._call.cancelled else self._call.piece()
-        self._ended = text is None
-        return text
-
-    @contextmanager
-    def _begun(self) -> Iterator[None]:
-        """The model, ready for this answer's next step. Raises UsageError when it went on to
-        another one: the cache is no longer this answer's."""
-        model, call = self._model, self._call
-        with model._used() as session:
-            if not call.begun:
-                model._call = call
-                n = common_length(session.generator.tokens, call.tokens)
-                for line in session.take_programs(len(call.tokens) - n):
-                    call.note(line)
-            elif model._call is not call:
-                raise UsageError("the model was used for something else: this answer cannot go on")
-            with model._interrupts:
-                yield
 
 
 def _release(session: Session, interrupts: Interrupts) -> None:

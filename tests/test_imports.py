@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # Each level may import itself and the levels below it; the first matching name counts.
 LEVELS = (
     ("mlacli.__main__", "mlacli.cli"),
-    ("mlacli.chat", "mlacli.api", "mlacli.api_call"),
+    ("mlacli.chat", "mlacli.api", "mlacli.api_call", "mlacli.api_stream"),
     ("mlacli.bench", "mlacli.bench_table", "mlacli.bench_runner", "mlacli.session", "mlacli.sweep"),
     ("mlacli.generation", "mlacli.session_file", "mlacli.signals", "mlacli.reply"),
     (
