@@ -112,6 +112,7 @@ class Jit:
         self._machine = target_machine(target)
         self._lljit = llvm.create_lljit_compiler(self._machine)
         self._known: dict[KernelSpec, tuple[int, int]] = {}
+        self._symbols: dict[str, KernelSpec] = {}
         self._notes: list[str] = []
         self._trackers: list[Any] = []
 
@@ -129,12 +130,15 @@ class Jit:
     def load_all(self, specs: Iterable[KernelSpec], progress: Progress | None = None) -> None:
         """Load kernels; those that must be compiled are shared among the processes.
 
-        `progress` is told how many of those that must be compiled are.
+        `progress` is told how many of those that must be compiled are. Raises ValueError for two
+        that bear the same symbol: the second would run the first.
         """
         missing: dict[str, tuple[KernelSpec, str]] = {}  # by symbol: with the store's key
         for spec in dict.fromkeys(specs):
             if spec in self._known:
                 continue
+            if self._symbols.setdefault(spec.symbol, spec) != spec:
+                raise ValueError(f"two kernels are called {spec.symbol}")
             key = spec.key(self.target, version())
             stored = self.store.get(key) if self.store else None
             if stored is None:

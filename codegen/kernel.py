@@ -48,6 +48,11 @@ class KernelFunction:
     trace: Callable[..., None]
     params: dict[str, Param]
 
+    @property
+    def is_ours(self) -> bool:
+        """Whether it is one of codegen's own."""
+        return self.trace.__module__.partition(".")[0] == __package__
+
     def __call__(self, **sizes: Any) -> KernelSpec:
         return KernelSpec(self, tuple(sorted(sizes.items())))
 
@@ -78,8 +83,14 @@ class KernelSpec:
         return "_".join([self.name, *shown, digest])
 
     def key(self, target: Target, compiler: str) -> str:
-        """Names the object code: codegen's sources, sizes, target and compiler decide it."""
-        parts = (source_digest(), self.name, repr(self.sizes), repr(target), compiler)
+        """Names the object code: codegen's sources, sizes, target and compiler decide it.
+
+        Of a kernel from elsewhere the sources are not known, wherever they are spread: its IR
+        stands for them, which takes a trace.
+        """
+        parts = [source_digest(), self.name, repr(self.sizes), repr(target), compiler]
+        if not self.function.is_ours:
+            parts.append(self.ir(target))
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
     def build(self, target: Target) -> tuple[str, int]:

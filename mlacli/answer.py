@@ -5,21 +5,18 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from typing import Any, Protocol
 
 from mlacli import __version__
-from mlacli.engine import Engine, Logits
-from mlacli.generation import Generator, Timings
+from mlacli.engine import Engine
+from mlacli.generation import Timings
 from mlacli.memory import peak_memory
+from mlacli.reply import CANCELLED, Reply
 from mlacli.report import model_facts
-from mlacli.settings import Request
-from mlacli.text.reasoning import Spoken
 from mlacli.text.sampling import Sampler
-from mlacli.text.tokenizer import StreamDecoder, Tokenizer
+from mlacli.text.tokenizer import Tokenizer
 
-# Why an answer ended, besides what Generator.ended says: an end token, -r, Ctrl-C.
-STOP, REVERSE, INTERRUPTED = "stop", "reverse_prompt", "interrupted"
 _CHAINS = ("samplers", "sampling_seq")  # `chain` says what came of them
 Result = Mapping[str, Any]
 
@@ -37,56 +34,6 @@ class Output(Protocol):
         """There is no more."""
 
 
-@dataclass
-class Answer:
-    """What there is of an answer, and the reason why there is no more."""
-
-    text: str = ""
-    tokens: list[int] = field(default_factory=list)  # without an end token
-    reason: str = INTERRUPTED
-    first_token: float | None = None  # time.perf_counter() when it was drawn
-    spoken: Spoken | None = None  # leaves out what is thought
-
-    def pieces(
-        self,
-        generator: Generator,
-        tokenizer: Tokenizer,
-        logits: Logits,
-        request: Request,
-        *,
-        ends: bool = True,
-    ) -> Iterator[tuple[int | None, str]]:
-        """Tokens and the text that each completes, until an end token (if it `ends` the answer),
-        a reverse prompt, -n or the context's end. With --special control tokens are shown, but in
-        a conversation they are no part of what was said. Raises Cancelled."""
-        decoder = StreamDecoder(tokenizer)
-        for token in generator.stream(logits, request.limit):
-            self.first_token = self.first_token or time.perf_counter()
-            control = request.special and tokenizer.is_control(token)
-            if control:
-                shown = tokenizer.piece(token).decode(errors="replace")
-                yield token, shown if request.talks else self._taken(shown)
-            if ends and tokenizer.is_end_of_generation(token):
-                self.reason = STOP
-                break
-            self.tokens.append(token)
-            if not control:
-                yield token, self._taken(decoder.feed(token))
-            if any(self.text.endswith(end) for end in request.reverse_prompt):
-                self.reason = REVERSE
-                break
-        else:
-            self.reason = generator.ended
-        if left := self._taken(decoder.flush(), last=True):
-            yield None, left
-
-    def _taken(self, text: str, *, last: bool = False) -> str:
-        if self.spoken:
-            text = self.spoken.of(text) + (self.spoken.rest() if last else "")
-        self.text += text
-        return text
-
-
 def prompt_lines(tokenizer: Tokenizer, tokens: Sequence[int]) -> Iterator[str]:
     """A prompt's tokens, a line each, as llama-cli's --verbose-prompt lists them."""
     yield f"number of tokens in prompt = {len(tokens)}"
@@ -96,26 +43,25 @@ def prompt_lines(tokenizer: Tokenizer, tokens: Sequence[int]) -> Iterator[str]:
         yield f"{token:6d} -> '{shown}'"
 
 
-def result_of(
-    answer: Answer, prompt: Sequence[int], generator: Generator, *, ready: float, ids: bool = False
-) -> Result:
+def result_of(reply: Reply, prompt: Sequence[int], *, ready: float, ids: bool = False) -> Result:
     """The object of --json. `ready` is when the model was loaded (time.perf_counter())."""
-    engine, timings = generator.engine, generator.timings
+    generator, timings = reply.generator, reply.generator.timings
+    engine = generator.engine
     found: dict[str, Any] = {
-        "text": answer.text,
-        "finish_reason": answer.reason,
+        "text": reply.text,
+        "finish_reason": reply.finish or CANCELLED,
         "tokens": {
             "prompt": len(prompt),
             "reused": timings.n_reused,
             "evaluated": timings.n_prompt,
-            "generated": len(answer.tokens),
+            "generated": len(reply.tokens),
         },
         "context_shifts": timings.n_shifts,
     }
     if ids:
-        found["token_ids"] = {"prompt": list(prompt), "generated": answer.tokens}
+        found["token_ids"] = {"prompt": list(prompt), "generated": reply.tokens}
     return found | {
-        "timings": _times(timings, answer.first_token, ready),
+        "timings": _times(timings, reply.first_token, ready),
         "memory": dict(zip(("peak_rss_bytes", "anonymous_bytes"), peak_memory(), strict=True)),
         "model": _model(engine),
         "settings": _settings(engine),

@@ -8,12 +8,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mlacli.answer import Answer
 from mlacli.errors import SessionError, SpaceError, UsageError
 from mlacli.files import write_whole
 from mlacli.generation import common_length
-from mlacli.session import Session, kept, rendered
+from mlacli.session import Session, rendered, reply_to
 from mlacli.text.reasoning import opens_a_thought
+from mlacli.text.stops import Stops
 
 ROLES = ("system", "user", "assistant")
 _MAX_LOG = 64 << 20
@@ -54,19 +54,15 @@ class Conversation:
         self.messages = [m for m in self.messages[:1] if m["role"] == "system"]
 
     def _answer(self, tokens: list[int]) -> Iterator[str]:
-        session, answer = self.session, Answer()
-        generator, request = session.generator, session.request
-        if generator.constraint:
-            generator.constraint.restart()
+        session, request = self.session, self.session.request
+        reply = reply_to(session, tokens, Stops(request.reverse_prompt, shown=True))
         try:
-            session.prepare(len(tokens) - common_length(generator.tokens, tokens))
-            logits = session.evaluate(tokens, self.note)
-            generator.keep = kept(session, len(tokens))
-            for _, text in answer.pieces(generator, session.tokenizer, logits, request):
+            session.prepare(len(tokens) - common_length(session.generator.tokens, tokens))
+            for _, text in reply.pieces(session.evaluate(tokens, self.note)):
                 yield text
         finally:
-            if answer.text:
-                self.messages.append({"role": "assistant", "content": answer.text})
+            if reply.text:
+                self.messages.append({"role": "assistant", "content": reply.text})
 
     def _fitting(self) -> list[int]:
         """The conversation's tokens; its oldest turns are forgotten when it has become too long."""

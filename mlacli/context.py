@@ -5,11 +5,13 @@ Both the engine and the report start from here, so that what is reported is what
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from codegen.targets.base import Target
 from mlacli.cache import CacheLayout
-from mlacli.graph.lower import Lower, scratch_bytes
+from mlacli.errors import UsageError
+from mlacli.graph.lower import Lower, Lowering, scratch_bytes
 from mlacli.graph.matrix import Matrix
 from mlacli.graph.node import Bounds, Dim, Graph, Node
 from mlacli.graph.ops import KNOWN_OPS
@@ -21,6 +23,7 @@ from mlacli.model.deepseek2 import build_graph
 from mlacli.model.layers import Path
 from mlacli.model.weights import Weights
 from mlacli.settings import RunSettings
+from mlacli.suggest import suggestion
 
 PADDING_FLASH, PADDING_PLAIN = 256, 32
 
@@ -124,8 +127,12 @@ def plan_context(
     n_ctx: int,
     n_out_max: int = 1,
     keep: tuple[str, ...] = (),
+    kernels: Mapping[str, Lowering] | None = None,
 ) -> ContextPlan:
-    """Build, verify and plan every graph that these settings can reach."""
+    """Build, verify and plan every graph that these settings can reach.
+
+    `kernels` take the place of an op's own. Raises UsageError for one that has no place here.
+    """
     n_ctx = padded_context(n_ctx, flash=settings.flash_attn)
     n_ubatch = min(settings.n_ubatch, n_ctx)
     batch_paths: dict[int, tuple[Path, ...]] = {
@@ -144,11 +151,21 @@ def plan_context(
         graph = build_graph(config, weights, chosen, n_tokens)
         verify(graph, KNOWN_OPS)
         threads = settings.n_threads if few else settings.n_threads_batch
-        lower = Lower(target, bounds, threads, few)
+        lower = Lower(target, bounds, threads, few, kernels or {})
         plan = _plan(graph, bounds, lower, keep)
         graphs[name] = PlannedGraph(name, graph, plan, lower)
+    _check_kernels(kernels or {}, graphs.values())
     layout = cache_layout(config, settings, n_ctx)
     return ContextPlan(n_ctx, layout, graphs, n_out_max, config.n_vocab, config.n_expert_used)
+
+
+def _check_kernels(kernels: Mapping[str, Lowering], graphs: Iterable[PlannedGraph]) -> None:
+    found = {node.op for g in graphs for node in g.graph.operations if g.lower.replaced(node)}
+    for op in kernels:
+        if op not in KNOWN_OPS:
+            raise UsageError(f"kernels: no op is called {op!r}{suggestion(op, KNOWN_OPS)}")
+        if op not in found:
+            raise UsageError(f"kernels: {op} takes the place of nothing with these settings")
 
 
 def _plan(graph: Graph, bounds: Bounds, lower: Lower, keep: tuple[str, ...]) -> Plan:

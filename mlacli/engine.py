@@ -23,6 +23,7 @@ from mlacli.errors import UsageError
 from mlacli.fit import check_plan
 from mlacli.gguf.patch import patched
 from mlacli.gguf.reader import GGUFFile, MappedFile, open_gguf
+from mlacli.graph.lower import Lowering
 from mlacli.graph.node import Dim, Node
 from mlacli.graph.ops import lower_graph
 from mlacli.graph.program import Memory, Program
@@ -116,6 +117,7 @@ class Engine:
         n_out_max: int = 1,
         pool: Pool | None = None,
         keep: tuple[str, ...] = (),
+        kernels: Mapping[str, Lowering] | None = None,
     ) -> None:
         self.model, self.settings = model, settings
         self.plan = plan_context(
@@ -126,6 +128,7 @@ class Engine:
             n_ctx=n_ctx,
             n_out_max=n_out_max,
             keep=keep,
+            kernels=kernels,
         )
         integer = model.weights.v_b(0).fmt.integer_dot
         self.chooser = chooser(settings, model.config, profile, integer=integer)
@@ -156,7 +159,8 @@ class Engine:
         progress: Progress | None = None,
     ) -> Logits:
         """Evaluate tokens in micro-batches; logits of the `wanted` ones, which rise (default: the
-        last). The result is only valid until the next call. `progress` is told tokens.
+        last). The result is only valid until the next call. A micro-batch ends early where it would
+        give more logits than are planned. `progress` is told tokens.
 
         Raises SpaceError when the context is full, Cancelled after `cancel`: the micro-batches
         before the one that was cancelled stay in the cache.
@@ -164,12 +168,14 @@ class Engine:
         wanted = [len(tokens) - 1] if wanted is None else list(wanted)
         sequences = [0] * len(tokens) if sequences is None else sequences
         rows: list[Logits] = []
-        n_ubatch = self.plan.n_tokens_max
+        n_ubatch, n_out_max, start = self.plan.n_tokens_max, self.plan.n_out_max, 0
         if progress:
             progress(0, len(tokens))
-        for start in range(0, len(tokens), n_ubatch):
+        while start < len(tokens):
             stop = min(start + n_ubatch, len(tokens))
             part = [w - start for w in wanted if start <= w < stop]
+            if len(part) > n_out_max:
+                stop, part = start + part[n_out_max], part[:n_out_max]
             logits = self.step(
                 tokens[start:stop], positions[start:stop], sequences[start:stop], part
             )
@@ -177,6 +183,7 @@ class Engine:
                 progress(stop, len(tokens))
             if part or stop == len(tokens):
                 rows.append(logits.copy() if stop < len(tokens) else logits)
+            start = stop
         return rows[0] if len(rows) == 1 else np.concatenate(rows)
 
     def step(
@@ -195,20 +202,23 @@ class Engine:
         program = self.program(name)
         cells = self.cache.allocate(positions, sequences)
         sizes = {Dim.N_TOKENS: n, Dim.N_KV: self.cache.n_rows, Dim.N_OUT: len(wanted)}
-        self._fill(tokens, positions, sequences, cells, wanted, sizes)
         few = n <= FEW_TOKENS
         threads = self.settings.n_threads if few else self.settings.n_threads_batch
-        self.pool.follow(self._policies[few])
-        records = self.profile.records(program, threads) if self.profile else None
-        if self.watcher:
-            seen = self.watcher.begin(Step(name, tokens, positions, cells, sizes))
-            is_done = program.run_watched(self.pool, threads, seen, self.watcher.see)
-        else:
-            is_done = program.run(self.pool, threads, records)
-        if not is_done:
-            self.pool.clear_cancel()
+        try:
+            self._fill(tokens, positions, sequences, cells, wanted, sizes)
+            self.pool.follow(self._policies[few])
+            records = self.profile.records(program, threads) if self.profile else None
+            if self.watcher:
+                seen = self.watcher.begin(Step(name, tokens, positions, cells, sizes))
+                is_done = program.run_watched(self.pool, threads, seen, self.watcher.see)
+            else:
+                is_done = program.run(self.pool, threads, records)
+            if not is_done:
+                self.pool.clear_cancel()
+                raise Cancelled
+        except BaseException:  # also what a signal handler raises: these rows count for nothing
             self.cache.release(cells)
-            raise Cancelled
+            raise
         if self.profile and not self.watcher:
             batch = Batch(n, self.cache.n_rows, len(wanted))
             self.profile.add(program, batch, time.perf_counter_ns() - start)
@@ -289,8 +299,10 @@ class Engine:
     def prepare(self, *names: str, progress: Progress | None = None) -> None:
         """Have these programs ready before they are timed, their kernels compiled together;
         `progress` is told kernels, if any must be compiled."""
-        self.repack()
         planned = {name: self.plan.graphs[name] for name in names if name not in self._programs}
+        if not planned:
+            return
+        self.repack()
         launches = {name: lower_graph(p.lower, p.graph) for name, p in planned.items()}
         specs = (launch.spec for each in launches.values() for launch in each)
         self._jit.load_all(specs, progress)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 from mlacli.engine import Engine, Logits
 from mlacli.profile import Profiles
@@ -70,6 +71,10 @@ def _line(what: str, seconds: float, n: int, unit: str) -> str:
     )
 
 
+# Why a stream ends by itself: its limit, a full context, the constraint.
+Reason = Literal["length", "context", "grammar"]
+
+
 @dataclass
 class Generator:
     """One sequence. `tokens` are those that the cache holds."""
@@ -81,8 +86,7 @@ class Generator:
     tokens: list[int] = field(default_factory=list)
     constraint: Constraint | None = None
     keep: int | None = None  # tokens that a context shift keeps in front; None: no shift
-    # why the last stream ended by itself: length (its limit), context (full) or grammar
-    ended: str = "length"
+    ended: Reason = "length"  # why the last stream ended by itself
     budget: Budget | None = None  # of thoughts
     counted: Callable[[int], None] | None = None  # is told how many tokens the context holds
 
@@ -92,8 +96,32 @@ class Generator:
         What the cache holds of them is reused, and the rest of it forgotten; the last token is
         evaluated in any case. Raises SpaceError, Cancelled: then `tokens` are those that came in.
         """
-        engine, timings = self.engine, self.timings
         n = min(common_length(self.tokens, tokens), len(tokens) - 1)
+        last: Logits = self._evaluated(tokens, n, [len(tokens) - n - 1], progress)[-1]
+        return last
+
+    def every(self, tokens: Sequence[int], first: int = 0) -> Logits:
+        """Logits behind each of these tokens from number `first` on, all evaluated anew.
+
+        As many at a time as the engine has planned outputs for. Raises as `prompt` does.
+        """
+        return self._evaluated(tokens, 0, range(first, len(tokens)))
+
+    def forget(self) -> None:
+        """Empty the cache."""
+        self.engine.cache.clear()
+        self.tokens = []
+
+    def _evaluated(
+        self,
+        tokens: Sequence[int],
+        n: int,
+        wanted: Sequence[int],
+        progress: Progress | None = None,
+    ) -> Logits:
+        """Logits of the tokens `wanted`, counted behind the first n, which the cache holds."""
+        engine, timings = self.engine, self.timings
+        self.tokens = list(tokens[:n])
         engine.cache.truncate(0, n)
         self.sampler.rewind(n)
         for token in tokens[self.sampler.position :]:
@@ -102,15 +130,16 @@ class Generator:
         timings.n_reused += n
         start = time.perf_counter()
         try:
-            logits = engine.eval(tokens[n:], range(n, len(tokens)), progress=progress)
+            logits = engine.eval(
+                tokens[n:], range(n, len(tokens)), wanted=wanted, progress=progress
+            )
         finally:
             self.tokens = list(tokens[: engine.cache.n_used])
             timings.prompt += time.perf_counter() - start
             timings.n_prompt += len(self.tokens) - n
         if self.budget:
             self.budget.begin(tokens)
-        last: Logits = logits[-1]
-        return last
+        return logits
 
     def stream(self, logits: Logits, limit: int) -> Iterator[int]:
         """Up to `limit` tokens, drawn one after another; each but the last is evaluated when the

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 import re
 from dataclasses import dataclass, field
 
 from mlacli.errors import UsageError
 from mlacli.limits import Limit, Text, check_fields, limited, ruled
+from mlacli.suggest import suggestion
 
 MAX_SEED = 2**32 - 1
 RANDOM_SEEDS = (-1, MAX_SEED)  # both stand for a seed drawn by the system, as in llama.cpp
@@ -65,8 +65,7 @@ class Chain:
         if name in _NOT_HERE:
             raise UsageError(f"{self.flag}: {word!r} is not a sampler of mlacli")
         if name not in _BY_NAME:
-            near = difflib.get_close_matches(name, _BY_NAME, n=1)
-            hint = f"; did you mean {near[0]}?" if near else ""
+            hint = suggestion(name, _BY_NAME)
             raise UsageError(f"{self.flag}: {word!r} is not one of {', '.join(SAMPLERS)}{hint}")
         return _BY_NAME[name]
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from codegen.jit import Jit
 from codegen.pool import Pool
-from mlacli.answer import Answer, Output, prompt_lines, result_of
+from mlacli.answer import Output, prompt_lines, result_of
 from mlacli.engine import Cancelled, Engine, Logits, Model
 from mlacli.errors import UsageError
 from mlacli.generation import (
@@ -20,12 +20,14 @@ from mlacli.generation import (
     thought_budget,
     token_counter,
 )
+from mlacli.graph.lower import Lowering
 from mlacli.loading import model_for
 from mlacli.machine import machine_profile, make_jit, measure_peaks
 from mlacli.memory import huge_bytes, lock
 from mlacli.profile import Profiles
 from mlacli.profile_table import profile_lines
 from mlacli.progress import Watch, unwatched
+from mlacli.reply import Reply
 from mlacli.report import buffer_lines, context_size, repack_notes
 from mlacli.sampling_settings import sampling_lines
 from mlacli.session_file import load_session, save_session
@@ -35,12 +37,14 @@ from mlacli.text.chat import ChatTemplate
 from mlacli.text.grammar import Constraint
 from mlacli.text.reasoning import Spoken, ends_in_a_thought
 from mlacli.text.sampling import Sampler
+from mlacli.text.stops import Stops
 from mlacli.text.templates import FALLBACK, NAMED
 from mlacli.text.tokenizer import Piece, Tokenizer
 from mlacli.text.vocabulary import tokenizer_data
 from mlacli.units import GIB, size_text
 
 UNTIL_FULL = -2
+NO_TEMPLATE = "note: the file has no chat template: User: ... Assistant: ... is used"
 Messages = Sequence[Mapping[str, Any]]
 
 
@@ -55,6 +59,7 @@ class Session:
     jit: Jit
     request: Request
     watch: Watch = unwatched
+    has_template: bool = True  # the file's or the request's, not the fallback
 
     @property
     def engine(self) -> Engine:
@@ -76,18 +81,7 @@ class Session:
         engine, request, settings = self.engine, self.request, self.engine.settings
         for line in buffer_lines(engine.plan, settings):
             note(line)
-        for line in repack_notes(engine.plan, settings):
-            note(f"note: {line}")
-        lines = progress_lines(note)
-        with self.watch("interleaving weights", "bytes") as bar:
-
-            def progress(done: int, total: int) -> None:
-                bar(done, total)
-                lines(done, total)
-
-            engine.repack(progress)
-        for line in memory_notes(self.model, settings):
-            note(line)
+        self.take_weights(note)
         if settings.verbose:
             note(_path_line(engine))
         for line in sampling_lines(request.sampling, self.generator.sampler.seed):
@@ -97,11 +91,27 @@ class Session:
             f"n_predict = {request.n_predict}"
         )
 
-    def prepare(self, n_prompt: int = 1) -> None:
-        """Compile what generation needs, and what a prompt of so many new tokens does."""
-        engine, n = self.engine, min(n_prompt, self.engine.plan.n_tokens_max)
+    def take_weights(self, note: Callable[[str], None]) -> None:
+        """Interleave and lock them if wanted. Raises SpaceError, Cancelled."""
+        engine, settings, lines = self.engine, self.engine.settings, progress_lines(note)
+        for line in repack_notes(engine.plan, settings):
+            note(f"note: {line}")
+        with self.watch("interleaving weights", "bytes") as bar:
+
+            def progress(done: int, total: int) -> None:
+                bar(done, total)
+                lines(done, total)
+
+            engine.repack(progress)
+        for line in memory_notes(self.model, settings):
+            note(line)
+
+    def prepare(self, n_prompt: int = 1) -> list[str]:
+        """Compile what evaluates a prompt of so many new tokens and what follows; notes on it."""
+        engine, n = self.engine, max(1, min(n_prompt, self.engine.plan.n_tokens_max))
         with self.watch("compiling", "kernels") as progress:
             engine.prepare(engine.graph_name(n), engine.graph_name(1), progress=progress)
+        return [*self.jit.notes, *engine.pool.notes]
 
     def evaluate(self, tokens: Sequence[int], note: Callable[[str], None]) -> Logits:
         """Logits behind a prompt, what is cached of it reused. Raises SpaceError, Cancelled."""
@@ -151,31 +161,41 @@ def open_session(
     *,
     profiles: Profiles | None = None,
     watch: Watch = unwatched,
+    n_out_max: int = 1,
+    kernels: Mapping[str, Lowering] | None = None,
 ) -> Session:
-    """Load a model and get everything ready. Raises MlaError."""
+    """Load a model and get everything ready; `n_out_max` and `kernels` are the engine's.
+
+    Raises MlaError.
+    """
     timings = Timings()
     model = watched_load(settings, watch)
     data = tokenizer_data(model.file.metadata, str(settings.model))
     tokenizer = Tokenizer(data, model.config.n_vocab)
     constraint = Constraint(request.grammar, tokenizer) if request.grammar else None
-    template = _template(tokenizer, request)  # its process starts up meanwhile
-    for line in model.notes:
-        note(f"note: {line}")
-    n_ctx = context_size(model.config, settings, note=note)
-    jit = make_jit()
-    engine = start_engine(model, settings, jit, n_ctx)
-    end_ids = () if constraint else tokenizer.end_ids
-    sampler = Sampler(request.sampling, model.config.n_vocab, end_ids, tokenizer.piece)
-    generator = Generator(
-        engine,
-        sampler,
-        timings,
-        profiles,
-        constraint=constraint,
-        budget=None if constraint else thought_budget(request, tokenizer),
-        counted=token_counter(request.token_count, n_ctx, note),
-    )
-    return Session(model, tokenizer, template, generator, jit, request, watch)
+    with contextlib.ExitStack() as undo:
+        template = _template(tokenizer, request)  # its process starts up meanwhile
+        if template is not None:
+            undo.callback(template.close)
+        for line in model.notes:
+            note(f"note: {line}")
+        n_ctx = context_size(model.config, settings, note=note)
+        jit = make_jit()
+        engine = start_engine(model, settings, jit, n_ctx, n_out_max=n_out_max, kernels=kernels)
+        undo.callback(engine.pool.close)
+        end_ids = () if constraint else tokenizer.end_ids
+        generator = Generator(
+            engine,
+            Sampler(request.sampling, model.config.n_vocab, end_ids, tokenizer.piece),
+            timings,
+            profiles,
+            constraint=constraint,
+            budget=None if constraint else thought_budget(request, tokenizer),
+            counted=token_counter(request.token_count, n_ctx, note),
+        )
+        undo.pop_all()  # all went well
+    known = bool(request.template or data.chat_template)
+    return Session(model, tokenizer, template, generator, jit, request, watch, known)
 
 
 def watched_load(settings: RunSettings, watch: Watch) -> Model:
@@ -199,11 +219,11 @@ def run_prompt(
         engine, timings = session.engine, session.generator.timings
         tokens = prompt_tokens(session, note)
         session.announce(note)
-        session.prepare(len(tokens))
-        for line in (*session.jit.notes, *engine.pool.notes):
+        for line in session.prepare(len(tokens)):
             note(f"note: {line}")
         session.warm_up()
-        ready, answer = time.perf_counter(), Answer()
+        ready = time.perf_counter()
+        reply = reply_to(session, tokens, Stops(request.reverse_prompt, shown=True))
         timings.load = ready - timings.started
         session.restore(tokens, note)
         if request.display_prompt:
@@ -211,10 +231,8 @@ def run_prompt(
             output.prompt(prompt.decode(errors="replace"))
         with stop_on_signals(engine) as received:
             with contextlib.suppress(Cancelled):
-                _answer(session, tokens, answer, output, note)
-        output.end(
-            result_of(answer, tokens, session.generator, ready=ready, ids=request.json_tokens)
-        )
+                _answer(session, tokens, reply, output, note)
+        output.end(result_of(reply, tokens, ready=ready, ids=request.json_tokens))
         if request.prompt_cache_all:
             session.save()
     for line in timings.lines() if request.show_timings else ():
@@ -227,24 +245,40 @@ def run_prompt(
 def _answer(
     session: Session,
     tokens: Sequence[int],
-    answer: Answer,
+    reply: Reply,
     output: Output,
     note: Callable[[str], None],
 ) -> None:
     """Evaluate the prompt, then sample until there is a reason to end. Raises Cancelled."""
-    logits, request = session.evaluate(tokens, note), session.request
-    session.generator.keep = kept(session, len(tokens))
-    if not request.prompt_cache_all:
+    logits = session.evaluate(tokens, note)
+    if not session.request.prompt_cache_all:
         session.save()
-    ends = request.n_predict != UNTIL_FULL  # which fills the context whatever the model says
-    if request.reasoning == "off" and request.reasoning_format in ("auto", "deepseek"):
-        answer.spoken = Spoken(inside=ends_in_a_thought(tokens, session.tokenizer.piece))
-    pieces = answer.pieces(session.generator, session.tokenizer, logits, request, ends=ends)
-    for token, text in pieces:
+    for token, text in reply.pieces(logits):
         output.piece(token, text)
 
 
-def kept(session: Session, n_prompt: int) -> int | None:
+def reply_to(session: Session, tokens: Sequence[int], stops: Stops) -> Reply:
+    """The answer that the request asks for, behind a prompt of these tokens."""
+    generator, request = session.generator, session.request
+    generator.keep = _kept(session, len(tokens))
+    if generator.constraint:
+        generator.constraint.restart()
+    hides = request.reasoning == "off" and request.reasoning_format in ("auto", "deepseek")
+    inside = hides and ends_in_a_thought(tokens, session.tokenizer.piece)
+    return Reply(
+        generator,
+        session.tokenizer,
+        request.limit,
+        stops,
+        ignores_end=request.n_predict == UNTIL_FULL,  # it fills the context
+        special=request.special,
+        says_special=not request.talks,
+        # a conversation keeps its thoughts; they are hidden where it is shown
+        spoken=Spoken(inside=inside) if hides and not request.talks else None,
+    )
+
+
+def _kept(session: Session, n_prompt: int) -> int | None:
     """What a context shift keeps in front, if there is to be one: --keep, and BOS in any case."""
     request = session.request
     if not request.context_shift or request.n_predict == UNTIL_FULL:
@@ -279,13 +313,26 @@ def _profiled(profiles: Profiles, engine: Engine, jit: Jit) -> Iterator[str]:
 
 
 def start_engine(
-    model: Model, settings: RunSettings, jit: Jit, n_ctx: int, *, n_out_max: int = 1
+    model: Model,
+    settings: RunSettings,
+    jit: Jit,
+    n_ctx: int,
+    *,
+    n_out_max: int = 1,
+    kernels: Mapping[str, Lowering] | None = None,
 ) -> Engine:
-    """An engine whose -mla 3 knows this machine."""
+    """An engine whose -mla 3 knows this machine, with a pool of its own."""
     n_threads = max(settings.n_threads, settings.n_threads_batch)
     pool = Pool(jit, n_threads, settings.policy(batch=True))
-    profile = machine_profile(jit, pool, settings)
-    return Engine(model, settings, jit, profile, n_ctx=n_ctx, n_out_max=n_out_max, pool=pool)
+    try:
+        profile = machine_profile(jit, pool, settings)
+        return Engine(
+            model, settings, jit, profile,
+            n_ctx=n_ctx, n_out_max=n_out_max, pool=pool, kernels=kernels,
+        )  # fmt: skip
+    except BaseException:
+        pool.close()
+        raise
 
 
 def progress_lines(note: Callable[[str], None]) -> Callable[[int, int], None]:

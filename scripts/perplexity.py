@@ -15,22 +15,18 @@ import math
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from mlacli.engine import Engine, Logits, load_model
-from mlacli.machine import make_jit
-from mlacli.session import start_engine
-from mlacli.settings import RunSettings
-from mlacli.text.tokenizer import Tokenizer
-from mlacli.text.vocabulary import tokenizer_data
+from mlacli import Model, load
 
 
 def negative_log_likelihoods(
-    logits: Logits, targets: npt.NDArray[np.int64]
+    logits: npt.NDArray[np.float32], targets: npt.NDArray[np.int64]
 ) -> npt.NDArray[np.float64]:
     """-log softmax(logits[i])[targets[i]], in f64."""
     wide = logits.astype(np.float64)
@@ -42,18 +38,17 @@ def negative_log_likelihoods(
 
 
 def chunk_losses(
-    engine: Engine, tokens: Sequence[int], n_ctx: int, n_chunks: int, bos: int | None
+    model: Model, tokens: Sequence[int], n_ctx: int, n_chunks: int
 ) -> Iterator[npt.NDArray[np.float64]]:
     """The scored tokens' losses of each chunk."""
     first = n_ctx // 2
     for chunk in range(min(n_chunks, len(tokens) // n_ctx)):
         part = list(tokens[chunk * n_ctx : (chunk + 1) * n_ctx])
         targets = np.array(part[first + 1 :])
-        if bos is not None:
-            part[0] = bos
-        engine.cache.clear()
-        logits = engine.eval(part, range(n_ctx), wanted=range(first, n_ctx - 1))
-        yield negative_log_likelihoods(logits, targets)
+        if model.bos is not None:
+            part[0] = model.bos
+        logits = model.logits(part, every=True, first=first)
+        yield negative_log_likelihoods(logits[:-1], targets)
 
 
 def main() -> None:
@@ -68,23 +63,21 @@ def main() -> None:
     parser.add_argument("-ctk", "--cache-type-k", default="f16")
     parser.add_argument("-t", "--threads", type=int)
     given = parser.parse_args()
-    settings = RunSettings(
-        model=given.model,
+    threads: dict[str, Any] = {"n_threads": given.threads} if given.threads else {}
+    model = load(
+        given.model,
+        n_out_max=given.ubatch_size,
         n_ctx=given.ctx_size,
         n_ubatch=given.ubatch_size,
         mla=given.mla_use,
         flash_attn=given.flash_attn == "on",
         type_k=given.cache_type_k,
-        **({"n_threads": given.threads} if given.threads else {}),
+        **threads,
     )
-    model = load_model(given.model)
-    data = tokenizer_data(model.file.metadata, str(given.model))
-    tokenizer = Tokenizer(data, model.config.n_vocab)
-    tokens = tokenizer.encode_bytes(given.file.read_bytes())
-    bos = data.bos if data.add_bos else None
-    engine = start_engine(model, settings, make_jit(), given.ctx_size, n_out_max=settings.n_ubatch)
+    text = given.file.read_bytes().decode("utf-8", "surrogateescape")
+    tokens = model.tokenize(text, add_bos=False)
     losses: list[npt.NDArray[np.float64]] = []
-    for part in chunk_losses(engine, tokens, given.ctx_size, given.chunks, bos):
+    for part in chunk_losses(model, tokens, given.ctx_size, given.chunks):
         losses.append(part)
         ppl = math.exp(float(np.concatenate(losses).mean()))
         print(f"[{len(losses)}]{ppl:.4f}", end=",", flush=True)

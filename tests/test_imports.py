@@ -13,14 +13,14 @@ ROOT = Path(__file__).resolve().parent.parent
 # Each level may import itself and the levels below it; the first matching name counts.
 LEVELS = (
     ("mlacli.__main__", "mlacli.cli"),
-    ("mlacli.chat", "mlacli.doctor"),
+    ("mlacli.chat", "mlacli.doctor", "mlacli.api", "mlacli.api_call", "mlacli.api_stream"),
     ("mlacli.inside",),
     (
         *("mlacli.bench", "mlacli.bench_table", "mlacli.bench_records", "mlacli.bench_pivot"),
         *("mlacli.bench_db", "mlacli.bench_runner", "mlacli.session", "mlacli.sweep"),
         *("mlacli.tune", "mlacli.tune_table"),
     ),
-    ("mlacli.generation", "mlacli.session_file", "mlacli.signals", "mlacli.answer"),
+    ("mlacli.generation", "mlacli.session_file", "mlacli.signals", "mlacli.answer", "mlacli.reply"),
     (
         *(
             "mlacli.engine",
@@ -45,6 +45,7 @@ LEVELS = (
         *("mlacli.sampling_settings", "mlacli.files", "mlacli.pictures", "mlacli.hub"),
         *("mlacli.numa", "mlacli.placement", "mlacli.findings", "mlacli.progress"),
         *("mlacli.units", "mlacli.config_file", "mlacli.suggest", "mlacli.overrides"),
+        "mlacli.keywords",
     ),
     ("codegen",),
 )

@@ -52,7 +52,7 @@ def only(out: str) -> dict[str, Any]:
 def test_the_object_says_what_happened(run: Run, tokenizer: Tokenizer) -> None:
     code, out, err = run(*GREEDY, "--json", "--json-tokens", "-s", "5", "-l", "3-inf", "-t", "2")
     found = only(out)
-    assert code == 0 and found["text"] == ANSWER and found["finish_reason"] == "stop"
+    assert code == 0 and found["text"] == ANSWER and found["finish_reason"] == "end"
     ids = found["token_ids"]
     marked = f"<｜begin▁of▁sentence｜><｜User｜>{QUESTION}<｜Assistant｜>"
     assert ids["prompt"] == tokenizer.encode(marked, special=True)
@@ -94,7 +94,7 @@ def _product(shape: tuple[int, ...]) -> int:
         ((*GREEDY, "-n", "3"), "length", ANSWER[:4]),
         ((*GREEDY, "-n", "0"), "length", ""),
         ((*GREEDY, "--regex", "[ab]{3}"), "grammar", None),
-        ((*GREEDY, "-r", "JSON"), "reverse_prompt", ANSWER[: ANSWER.index("JSON") + 4]),
+        ((*GREEDY, "-r", "JSON"), "stop", ANSWER[: ANSWER.index("JSON") + 4]),
         (("-p", "word " * 150, "--no-cnv", "-c", "256", "-n", "-2"), "context", None),
     ],
 )
@@ -122,7 +122,7 @@ def test_an_interrupted_answer_is_written(run: Run, monkeypatch: pytest.MonkeyPa
     code, out, err = run("-p", "x", "-n", "-2", "-c", "2048", "--jsonl", "--log-disable")
     assert code == 130 and err == ""
     *tokens, result = map(json.loads, out.splitlines())
-    assert result["finish_reason"] == "interrupted" and result["type"] == "result"
+    assert result["finish_reason"] == "cancelled" and result["type"] == "result"
     assert "".join(token["text"] for token in tokens) == result["text"]
     assert 5 <= result["tokens"]["generated"] == sum(t["id"] is not None for t in tokens) < 1500
 

@@ -13,7 +13,7 @@ from mlacli.cli.progress import bar
 from mlacli.engine import Cancelled
 from mlacli.errors import Interrupted, MlaError
 from mlacli.generation import Timings
-from mlacli.session import Session, open_session
+from mlacli.session import NO_TEMPLATE, Session, open_session
 from mlacli.settings import Request, RunSettings
 from mlacli.signals import EXIT_OF_SIGNAL, stop_on_signals
 from mlacli.text.reasoning import END, START, Reasoning
@@ -29,8 +29,8 @@ def talk(settings: RunSettings, request: Request) -> int:
         session.warm_up()
         for line in (*session.jit.notes, *session.engine.pool.notes):
             console.note(f"note: {line}")
-        if session.tokenizer.data.chat_template is None and request.template is None:
-            console.note("note: the file has no chat template: User: ... Assistant: ... is used")
+        if not session.has_template:
+            console.note(NO_TEMPLATE)
         session.restore([], console.note)
         try:
             Talk(session, request).run()

@@ -6,11 +6,12 @@ lowering serves planning (how much scratch?) and running.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 from codegen.kernel import KernelSpec
 from codegen.targets.base import Target
+from mlacli.errors import UsageError
 from mlacli.graph.node import Bounds, Dim, Node, size_of
 
 
@@ -65,6 +66,7 @@ class Lower:
     bounds: Bounds
     n_threads: int
     few: bool  # at most a handful of tokens: matrices are streamed row by row
+    own: Mapping[str, Lowering] = field(default_factory=dict)  # op: what takes its place
 
     def size(self, node: Node, axis: int) -> int:
         return size_of(node.shape[axis], self.bounds)
@@ -76,9 +78,37 @@ class Lower:
             raise TypeError(f"{node} has no run-time number of rows")
         return dim
 
+    def replaced(self, node: Node) -> Lowering | None:
+        """What takes the place of the registered lowering of a node, if anything does."""
+        own = self.own.get(node.op)
+        return own if own and own.where(self, node) else None
+
 
 LowerOp = Callable[[Lower, Node], list[Launch]]
 ScratchOp = Callable[[Lower, Node], int]
+
+
+def _everywhere(lower: Lower, node: Node) -> bool:
+    return True
+
+
+def _no_scratch(lower: Lower, node: Node) -> int:
+    return 0
+
+
+@dataclass(frozen=True)
+class Lowering:
+    """Kernels from elsewhere in place of those registered for an op.
+
+    `launches(lower, node)` and `scratch(lower, node)` (bytes) are as `lowers` takes them; where
+    `where(lower, node)` is false, the registered ones stay.
+    """
+
+    launches: LowerOp
+    scratch: ScratchOp = _no_scratch
+    where: Callable[[Lower, Node], bool] = _everywhere
+
+
 OPS: dict[str, LowerOp] = {}
 SCRATCH: dict[str, ScratchOp] = {}
 
@@ -97,5 +127,33 @@ def lowers(op: str, *, scratch: ScratchOp | None = None) -> Callable[[LowerOp], 
 
 def scratch_bytes(lower: Lower, node: Node) -> int:
     """Scratch of an op at the upper bounds, in bytes."""
-    declared = SCRATCH.get(node.op)
+    own = lower.replaced(node)
+    declared = own.scratch if own else SCRATCH.get(node.op)
     return declared(lower, node) if declared else 0
+
+
+def launches_of(lower: Lower, node: Node) -> list[Launch]:
+    """The launches of one op. Raises UsageError for those of a `Lowering` that cannot work."""
+    own = lower.replaced(node)
+    if own is None:
+        return OPS[node.op](lower, node)
+    launches = own.launches(lower, node)
+    for launch in launches:
+        _check(lower, node, launch)
+    return launches
+
+
+def _check(lower: Lower, node: Node, launch: Launch) -> None:
+    """A wrong operand would be a wrong address, which nothing could catch any more."""
+    name, params = f"kernels: {node.op}: {launch.spec.name}", launch.spec.params
+    if launch.node is not node:
+        raise UsageError(f"{name}: its launch is for {launch.node}, not for {node}")
+    if len(launch.operands) != len(params):
+        raise UsageError(f"{name}: {len(launch.operands)} operands for {len(params)} parameters")
+    for (param, declared), operand in zip(params.items(), launch.operands, strict=True):
+        kinds = {"ptr": (At, Scratch), "value": (int,), "dim": (Dim,)}[declared.kind]
+        if not isinstance(operand, kinds):
+            got = type(operand).__name__
+            raise UsageError(f"{name}: parameter {param} is a {declared.kind}, got {got}")
+        if isinstance(operand, Scratch) and not scratch_bytes(lower, node):
+            raise UsageError(f"{name}: parameter {param} is scratch, of which it declares none")

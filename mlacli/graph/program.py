@@ -40,6 +40,7 @@ class Program:
     ) -> None:
         self._plan, self._memory, self._bounds = plan, memory, lower.bounds
         self.nodes = tuple(launch.node for launch in launches)  # of each row of the table
+        self.symbols = tuple(launch.spec.symbol for launch in launches)
         kernels = [jit.load(launch.spec) for launch in launches]
         slots = [len(launch.operands) + 1 for launch in launches]
         self._args = aligned_words(sum(slots))

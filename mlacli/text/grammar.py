@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from typing import Any
+from weakref import WeakKeyDictionary, proxy
 
 import numpy as np
 
@@ -16,6 +17,8 @@ from mlacli.errors import UsageError
 from mlacli.settings import Grammar
 from mlacli.text.filters import Logits
 from mlacli.text.tokenizer import Tokenizer
+
+_LIBRARY: WeakKeyDictionary[Tokenizer, Any] = WeakKeyDictionary()
 
 
 class Constraint:
@@ -25,6 +28,7 @@ class Constraint:
         from llguidance import LLMatcher
 
         self._flag, self._n = grammar.flag, tokenizer.n_vocab
+        self._tokenizer = tokenizer  # keeps the library's one alive, too
         library = _library_tokenizer(tokenizer)
         self._start = LLMatcher(library, _translated(grammar), log_level=0)
         self._check(self._start)
@@ -75,13 +79,16 @@ def _problem(flag: str, text: str) -> UsageError:
 
 
 def _library_tokenizer(tokenizer: Tokenizer) -> Any:
+    """The vocabulary as the library keeps it: made once, as that takes a second for a large one."""
     from llguidance import LLTokenizer, TokenizerWrapper
 
-    return LLTokenizer(
-        TokenizerWrapper(_Vocabulary(tokenizer)),
-        n_vocab=tokenizer.n_vocab,
-        eos_token=sorted(tokenizer.end_ids),
-    )
+    if tokenizer not in _LIBRARY:
+        _LIBRARY[tokenizer] = LLTokenizer(
+            TokenizerWrapper(_Vocabulary(tokenizer)),
+            n_vocab=tokenizer.n_vocab,
+            eos_token=sorted(tokenizer.end_ids),
+        )
+    return _LIBRARY[tokenizer]
 
 
 class _Vocabulary:
@@ -89,7 +96,7 @@ class _Vocabulary:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         ids = range(tokenizer.n_vocab)
-        self._tokenizer = tokenizer
+        self._tokenizer: Tokenizer = proxy(tokenizer)  # which outlives this: see _LIBRARY
         self.bos_token_id = tokenizer.data.bos
         self.eos_token_id = min(tokenizer.end_ids)
         self.tokens = [tokenizer.piece(token) for token in ids]

@@ -169,7 +169,14 @@ def test_only_wanted_logits_are_computed(tiny_model: TinyModel) -> None:
         assert np.array_equal(got, expected[wanted])
     assert engine.plan.output_bytes == 3 * 4 * 4096
     with pytest.raises(UsageError, match="logits of 4 tokens wanted, at most 3 planned"):
-        engine.eval(TOKENS[:10], range(10), wanted=range(4))
+        engine.step(TOKENS[10:14], range(10, 14), [0] * 4, range(4))
+
+
+def test_more_logits_than_planned_come_in_smaller_batches(tiny_model: TinyModel) -> None:
+    path = tiny_model("tiny-v3", "F32")
+    flags: dict[str, Any] = {"n_ubatch": 64, "type_k": "f32"}
+    got = all_logits(make_engine(path, n_out_max=3, **flags), TOKENS[:10])
+    assert reference.nmse(got, all_logits(make_engine(path, **flags), TOKENS[:10])) <= EXACT
 
 
 # -- ending a step ------------------------------------------------------------------------------
