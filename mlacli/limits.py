@@ -9,7 +9,6 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from decimal import Decimal
 from typing import Any, Protocol
 
 from mlacli.errors import UsageError
@@ -193,6 +192,9 @@ class ByteSize:
             raise UsageError(
                 f"{self.flag}: {text!r} is not a size (a number and a unit: 64GiB, 512MiB, 16G)"
             )
+
+        from decimal import Decimal
+
         number, unit, rest = found.groups()
         value = int(Decimal(number) * (1000 if rest == "B" else 1024) ** _UNITS[unit])
         self.check(value)
