@@ -6,6 +6,7 @@ Names are llama.cpp's and ik_llama.cpp's. Limits and defaults are those of the s
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, Field, fields
 from pathlib import Path
@@ -15,6 +16,7 @@ from codegen.formats import CACHE_FORMATS, LATENT_CACHE_TYPES
 from mlacli.cli import console
 from mlacli.cli.log_settings import DEBUG, LOG_TEXT, LogSettings
 from mlacli.cli.options import flag, parameter
+from mlacli.errors import UsageError
 from mlacli.limits import Rule
 from mlacli.sampling_settings import SAMPLERS
 from mlacli.settings import RunSettings, fitted
@@ -260,10 +262,14 @@ def run_settings(values: Mapping[str, Any]) -> RunSettings:
     """What the flags of RunSettings say; those of the log take effect. Raises UsageError,
     SpaceError."""
     log = LogSettings(**given(LogSettings, values))
-    console.start(log)
     found = given(RunSettings, values)
     if log.verbosity >= DEBUG:
         found.setdefault("verbose", True)
     if "model" in found:
         found["model"] = Path(found["model"])
-    return fitted(**found)
+    settings = fitted(**found)
+    both = log.path or "", settings.model
+    if all(map(os.path.exists, both)) and os.path.samefile(*both):
+        raise UsageError(f"--log-file: {log.path} is the model file")
+    console.start(log)
+    return settings
