@@ -197,6 +197,14 @@ def test_the_log_file_has_what_stderr_has(run: Run, tmp_path: Path) -> None:
     assert code == 5 and re.fullmatch(r"error: --log-file: \S+: No such file or directory\n", err)
 
 
+def test_a_log_never_replaces_the_model(run: Run, tmp_path: Path) -> None:
+    path = tmp_path / "m.gguf"
+    path.write_bytes(b"weights")
+    code, _, err = run("-p", "x", "-m", str(path), "--log-file", f"{tmp_path}/./m.gguf")
+    assert (code, err) == (2, f"error: --log-file: {path} is the model file\n")
+    assert path.read_bytes() == b"weights"
+
+
 def test_prefix_and_time(run: Run) -> None:
     words = (*GREEDY, "-n", "1", "-ctv", "q8_0", "--log-prefix")
     lines = run(*words, "--log-timestamps")[2].splitlines()

@@ -6,6 +6,7 @@ Names are llama.cpp's and ik_llama.cpp's. Limits and defaults are those of the s
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import MISSING, Field, fields
 from pathlib import Path
@@ -373,7 +374,6 @@ def given_settings(values: Mapping[str, Any]) -> dict[str, Any]:
     the hub is fetched. Raises UsageError, SpaceError, and ModelError where there is no such model.
     """
     log = LogSettings(**given(LogSettings, values))
-    console.start(log)
     found = given(RunSettings, each_override(values))
     if values.get("load_mode") is not None:
         found |= load_mode(values["load_mode"], found)
@@ -382,7 +382,11 @@ def given_settings(values: Mapping[str, Any]) -> dict[str, Any]:
         found.setdefault("verbose", True)
     if "model" in found:
         found["model"] = Path(found["model"])
-    fitted(**found)  # what cannot work is said before anything is fetched
+    settings = fitted(**found)  # what cannot work is said before anything is fetched
+    both = log.path or "", settings.model
+    if all(map(os.path.exists, both)) and os.path.samefile(*both):
+        raise UsageError(f"--log-file: {log.path} is the model file")
+    console.start(log)
     fetched = hub_model(values)
     return found | ({"model": fetched} if fetched else {})
 
