@@ -15,9 +15,10 @@ from mlacli.errors import UsageError
 from mlacli.generation import Timings
 from mlacli.keywords import SamplingOptions, checked, named, number
 from mlacli.limits import Limit
+from mlacli.prompts import NO_TEMPLATE, encode_prompt, rendered
 from mlacli.reply import Finish, Reply
 from mlacli.sampling_settings import MAX_INT, SamplingSettings
-from mlacli.session import NO_TEMPLATE, Session, encode_prompt, rendered, reply_to
+from mlacli.session import Session, reply_to
 from mlacli.settings import Grammar, Request, notes
 from mlacli.text.grammar import Constraint
 from mlacli.text.sampling import Sampler

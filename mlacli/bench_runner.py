@@ -16,13 +16,12 @@ from codegen.pool import Pool
 from mlacli.bench import BenchCase, BenchResult, ModelFacts
 from mlacli.engine import Cancelled, Engine, Model
 from mlacli.errors import Interrupted, SpaceError
-from mlacli.loading import model_for
+from mlacli.loading import memory_notes, model_for
 from mlacli.machine import Peaks, Roof, cpu_name, machine_profile, make_jit, mean_peaks
 from mlacli.model.choose import PathChooser
 from mlacli.profile import Profiles
 from mlacli.profile_table import profile_lines
 from mlacli.roofline import row_seconds
-from mlacli.session import memory_notes
 from mlacli.settings import RunSettings
 from mlacli.signals import EXIT_OF_SIGNAL, stop_on_signals
 

@@ -11,7 +11,8 @@ from typing import Any
 from mlacli.errors import SessionError, SpaceError, UsageError
 from mlacli.files import write_whole
 from mlacli.generation import common_length
-from mlacli.session import Session, rendered, reply_to
+from mlacli.prompts import rendered
+from mlacli.session import Session, reply_to
 from mlacli.text.reasoning import opens_a_thought
 from mlacli.text.stops import Stops
 

@@ -6,10 +6,8 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from codegen.jit import Jit
-from codegen.pool import Pool
 from mlacli.answer import Output, prompt_lines, result_of
 from mlacli.engine import Cancelled, Engine, Logits, Model
 from mlacli.errors import UsageError
@@ -21,12 +19,12 @@ from mlacli.generation import (
     token_counter,
 )
 from mlacli.graph.lower import Lowering
-from mlacli.loading import model_for
-from mlacli.machine import machine_profile, make_jit, measure_peaks
-from mlacli.memory import huge_bytes, lock
+from mlacli.loading import memory_notes, progress_lines, start_engine, watched_load
+from mlacli.machine import make_jit, measure_peaks
 from mlacli.profile import Profiles
 from mlacli.profile_table import profile_lines
 from mlacli.progress import Watch, unwatched
+from mlacli.prompts import encode_prompt, open_template
 from mlacli.reply import Reply
 from mlacli.report import buffer_lines, context_size, repack_notes
 from mlacli.sampling_settings import sampling_lines
@@ -38,14 +36,11 @@ from mlacli.text.grammar import Constraint
 from mlacli.text.reasoning import Spoken, ends_in_a_thought
 from mlacli.text.sampling import Sampler
 from mlacli.text.stops import Stops
-from mlacli.text.templates import FALLBACK, NAMED
-from mlacli.text.tokenizer import Piece, Tokenizer
+from mlacli.text.tokenizer import Tokenizer
 from mlacli.text.vocabulary import tokenizer_data
-from mlacli.units import GIB, size_text
+from mlacli.units import size_text
 
 UNTIL_FULL = -2
-NO_TEMPLATE = "note: the file has no chat template: User: ... Assistant: ... is used"
-Messages = Sequence[Mapping[str, Any]]
 
 
 @dataclass
@@ -174,7 +169,7 @@ def open_session(
     tokenizer = Tokenizer(data, model.config.n_vocab)
     constraint = Constraint(request.grammar, tokenizer) if request.grammar else None
     with contextlib.ExitStack() as undo:
-        template = _template(tokenizer, request)  # its process starts up meanwhile
+        template = open_template(tokenizer, request)  # its process starts up meanwhile
         if template is not None:
             undo.callback(template.close)
         for line in model.notes:
@@ -196,12 +191,6 @@ def open_session(
         undo.pop_all()  # all went well
     known = bool(request.template or data.chat_template)
     return Session(model, tokenizer, template, generator, jit, request, watch, known)
-
-
-def watched_load(settings: RunSettings, watch: Watch) -> Model:
-    """The model of these settings. Raises ModelError, SpaceError, UsageError."""
-    with watch("reading the model", "bytes") as progress:
-        return model_for(settings, progress)
 
 
 def run_prompt(
@@ -310,99 +299,6 @@ def _profiled(profiles: Profiles, engine: Engine, jit: Jit) -> Iterator[str]:
     for part, n in threads.items():
         profile = getattr(profiles, part)
         yield from profile_lines(part, profile, layout, peaks[n], by_layer=settings.verbose)
-
-
-def start_engine(
-    model: Model,
-    settings: RunSettings,
-    jit: Jit,
-    n_ctx: int,
-    *,
-    n_out_max: int = 1,
-    kernels: Mapping[str, Lowering] | None = None,
-) -> Engine:
-    """An engine whose -mla 3 knows this machine, with a pool of its own."""
-    n_threads = max(settings.n_threads, settings.n_threads_batch)
-    pool = Pool(jit, n_threads, settings.policy(batch=True))
-    try:
-        profile = machine_profile(jit, pool, settings)
-        return Engine(
-            model, settings, jit, profile,
-            n_ctx=n_ctx, n_out_max=n_out_max, pool=pool, kernels=kernels,
-        )  # fmt: skip
-    except BaseException:
-        pool.close()
-        raise
-
-
-def progress_lines(note: Callable[[str], None]) -> Callable[[int, int], None]:
-    """A line per tenth of what -rtr copies; one alone if that is soon done."""
-    shown = 0
-
-    def progress(done: int, total: int) -> None:
-        nonlocal shown
-        tenths = 10 * done // total
-        if tenths > shown and (total >= GIB or tenths == 10):
-            shown = tenths
-            note(f"-rtr: {size_text(done)} of {size_text(total)} interleaved ({10 * tenths} %)")
-
-    return progress
-
-
-def memory_notes(model: Model, settings: RunSettings) -> Iterator[str]:
-    """What came of --mlock and -thp."""
-    if settings.mlock:
-        files = [part.bytes for part in model.file.files]
-        problem = lock(model.weights.in_use() if settings.rtr else files)
-        yield f"note: --mlock: {problem}" if problem else "mlock: the weights stay in memory"
-    if settings.thp:
-        yield f"thp: {huge_bytes() / 2**20:.2f} MiB in huge pages so far"
-
-
-def encode_prompt(
-    tokenizer: Tokenizer,
-    template: ChatTemplate | None,
-    request: Request,
-    note: Callable[[str], None],
-) -> list[int]:
-    """The prompt's tokens: through the chat template, or as raw text after BOS."""
-    if template is None:
-        if not request.raw:
-            without = " and -sys is not used" if request.system else ""
-            note(
-                "note: the file has no chat template: "
-                f"the prompt is continued as it stands{without}"
-            )
-        return tokenizer.encode_prompt([Piece(request.prompt, special=request.raw)])
-    messages = [{"role": "user", "content": request.prompt}]
-    if request.system:
-        messages.insert(0, {"role": "system", "content": request.system})
-    return tokenizer.encode_prompt(rendered(template, messages, note))
-
-
-def rendered(
-    template: ChatTemplate, messages: Messages, note: Callable[[str], None]
-) -> list[Piece]:
-    """The prompt that a template makes of messages. Raises ModelError, UsageError."""
-    pieces = template.render(messages)
-    for line in template.notes:
-        note(f"note: {line}")
-    return pieces
-
-
-def _template(tokenizer: Tokenizer, request: Request) -> ChatTemplate | None:
-    source = request.template or tokenizer.data.chat_template
-    if not source and request.talks:
-        source = NAMED[FALLBACK]
-    if request.raw or not source:
-        return None
-    return ChatTemplate(
-        source,
-        tokenizer.bos_text,
-        tokenizer.eos_text,
-        tokenizer.control_texts,
-        extra=request.template_kwargs,
-    )
 
 
 def _path_line(engine: Engine) -> str:

@@ -22,9 +22,9 @@ from tabulate import tabulate
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from mlacli.engine import Engine, load_model
+from mlacli.loading import start_engine
 from mlacli.machine import make_jit
 from mlacli.model.choose import PathChooser
-from mlacli.session import start_engine
 from mlacli.settings import fitted
 
 ALWAYS = {"absorbed": PathChooser(1), "expanded": PathChooser(2, threshold=1)}

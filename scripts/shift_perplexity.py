@@ -21,8 +21,8 @@ import numpy.typing as npt
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from mlacli.engine import Engine, load_model
+from mlacli.loading import start_engine
 from mlacli.machine import make_jit
-from mlacli.session import start_engine
 from mlacli.settings import RunSettings
 from mlacli.text.tokenizer import Tokenizer
 from mlacli.text.vocabulary import tokenizer_data

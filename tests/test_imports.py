@@ -45,7 +45,7 @@ LEVELS = (
         *("mlacli.sampling_settings", "mlacli.files", "mlacli.pictures", "mlacli.hub"),
         *("mlacli.numa", "mlacli.placement", "mlacli.findings", "mlacli.progress"),
         *("mlacli.units", "mlacli.config_file", "mlacli.suggest", "mlacli.overrides"),
-        "mlacli.keywords",
+        *("mlacli.keywords", "mlacli.prompts"),
     ),
     ("codegen",),
 )

@@ -151,7 +151,7 @@ REFUSED = {
     "report --fit maybe": "--fit: 'maybe' is not one of on, auto, 1, off, 0",
     "report -c 1-2000": "-c: '1-2000' has more than 1024 values",
     "report -c 1-1000 -ub 1-1000": "1000000 combinations of flags are too many (1024)",
-    "report --plot x.jpg": "--plot: x.jpg: the name ends with none of .png, .svg, .pdf",
+    "report --plot x.jpg": "--plot: x.jpg: the name does not end with one of .png, .svg, .pdf",
     "report --plot no/x.png": "--plot: no/x.png: there is no such folder",
     "report -c 1-65 --plot x.png": "--plot: 65 combinations are too many to draw (64)",
     "report -fa on,maybe": "-fa: 'maybe' is not one of on, auto, 1, off, 0",
@@ -197,6 +197,19 @@ def test_fit_as_json(capsys: Capture) -> None:
     assert found["without_paging"] is None  # no buffers are small enough beside the weights
     found = json.loads("\n".join(lines_of(capsys, "report --fit --memory 1GiB --json")))
     assert found["report"]["memory"]["verdict"] == "fits" and found["without_paging"] is None
+
+
+def test_the_command_repeats_what_was_given(capsys: Capture) -> None:
+    given = (
+        "-Cr 0-0 -fa off -ser 2,0.5 --no-mmap -okv deepseek2.rope.freq_base=float:2e4 "
+        "--rope-scaling linear --rope-scale 2"
+    )
+    words = f"report --fit --json --memory 40MiB {given}"
+    found = json.loads("\n".join(lines_of(capsys, words)))
+    again = found["command"].removeprefix("mlacli run").split()
+    assert set(given.split()) - {"deepseek2.rope.freq_base=float:2e4", "2"} <= set(again)
+    lines = "\n".join(lines_of(capsys, " ".join(["report --json", *again])))
+    assert json.loads(lines)["compute_bytes"] == found["report"]["compute_bytes"]
 
 
 def test_fit_leaves_memory_free(capsys: Capture) -> None:

@@ -19,7 +19,7 @@ from mlacli.cli.model_flags import LOAD_MODES, SHOWN_DEFAULT, TEXTS, each_overri
 from mlacli.cli.options import flag, parameter
 from mlacli.errors import UsageError
 from mlacli.hub import HubFile, fetch
-from mlacli.limits import Choice, Limit, Rule
+from mlacli.limits import Choice, CpuMask, CpuRange, Limit, Rule
 from mlacli.overrides import RopeSettings
 from mlacli.sampling_settings import SAMPLERS
 from mlacli.settings import RunSettings, fitted
@@ -345,20 +345,36 @@ def given(owner: type[Any], values: Mapping[str, Any]) -> dict[str, Any]:
 
 def words_of(settings: RunSettings, names: Collection[str]) -> list[str]:
     """The flags that give these fields of settings, as they are typed."""
-    words = []
-    for name in (field.name for field in fields(RunSettings) if field.name in names):
-        _, flags, placeholder, _ = _TEXT[name]
-        value, flag = getattr(settings, name), flags.split()[0]
-        if placeholder:
-            words += [flag, _typed(value)]
+    words = _words(settings, names)
+    if "rope" in names:
+        rope = settings.rope
+        words += _words(rope, [f.name for f in fields(rope) if getattr(rope, f.name) is not None])
+    return words
+
+
+def _words(settings: Any, names: Collection[str]) -> list[str]:
+    words: list[str] = []
+    for field in (field for field in fields(settings) if field.name in names):
+        if field.name not in _TEXT:
+            continue
+        _, flags, placeholder, _ = _TEXT[field.name]
+        value, flag = getattr(settings, field.name), flags.split()[0]
+        if field.metadata.get("each"):
+            words += [word for one in value for word in (flag, str(one))]
+        elif placeholder:
+            words += [flag, _typed(field.metadata.get("rule"), value)]
         elif value or "/" in flag:
             words.append(flag.partition("/")[0 if value else 2])
     return words
 
 
-def _typed(value: object) -> str:
+def _typed(rule: Rule | None, value: Any) -> str:
     if isinstance(value, bool):
         return "on" if value else "off"
+    if isinstance(rule, CpuMask):
+        return f"{value:#x}"
+    if isinstance(rule, CpuRange):  # a mask as well
+        return f"{(value & -value).bit_length() - 1}-{value.bit_length() - 1}"
     if isinstance(value, tuple):
         return ",".join(f"{part:g}" for part in value)
     return "-1,0" if value is None else str(value)  # None: -ser, switched off

@@ -59,10 +59,10 @@ def sweep(
     from mlacli.bench_runner import facts
     from mlacli.cli.progress import bar
     from mlacli.engine import Cancelled
+    from mlacli.loading import memory_notes, start_engine, watched_load
     from mlacli.machine import make_jit
     from mlacli.report import context_size
     from mlacli.results import Row, swept
-    from mlacli.session import memory_notes, start_engine, watched_load
     from mlacli.signals import EXIT_OF_SIGNAL, stop_on_signals
 
     model = watched_load(settings, bar)

@@ -13,7 +13,8 @@ from mlacli.cli.progress import bar
 from mlacli.engine import Cancelled
 from mlacli.errors import Interrupted, MlaError
 from mlacli.generation import Timings
-from mlacli.session import NO_TEMPLATE, Session, open_session
+from mlacli.prompts import NO_TEMPLATE
+from mlacli.session import Session, open_session
 from mlacli.settings import Request, RunSettings
 from mlacli.signals import EXIT_OF_SIGNAL, stop_on_signals
 from mlacli.text.reasoning import END, START, Reasoning

@@ -7,7 +7,7 @@ from typing import cast
 
 import pytest
 
-from mlacli.session import encode_prompt
+from mlacli.prompts import encode_prompt
 from mlacli.settings import Request
 from mlacli.text.chat import ChatTemplate
 from mlacli.text.tokenizer import Piece, Tokenizer

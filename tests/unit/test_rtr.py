@@ -11,9 +11,9 @@ from codegen.formats import interleave
 from mlacli.engine import Cancelled, load_model
 from mlacli.fit import planned_need
 from mlacli.graph.matrix import Matrix
+from mlacli.loading import progress_lines
 from mlacli.report import Report, make_report
 from mlacli.report_format import format_report
-from mlacli.session import progress_lines
 from mlacli.settings import RunSettings, notes
 from tests.conftest import TinyModel
 from tests.engines import all_logits, make_engine, shared_jit
