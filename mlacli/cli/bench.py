@@ -12,7 +12,7 @@ from mlacli.bench_records import WRITERS, record, with_samples
 from mlacli.cli import console
 from mlacli.cli.bench_flags import grid_of, list_flags
 from mlacli.cli.bench_progress import BenchProgress
-from mlacli.cli.flags import NO_FLASH_ATTENTION, PROFILE_HELP
+from mlacli.cli.flag_texts import NO_FLASH_ATTENTION, PROFILE_HELP
 from mlacli.cli.options import StrictCommand, flag, new_app, takes
 from mlacli.cli.peer_toggles import toggle_notes, toggles
 from mlacli.cli.plots import Plot, PlotWith, plots_of

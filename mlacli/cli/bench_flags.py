@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from mlacli.bench import AXES, Grid
-from mlacli.cli.flags import DEMO_MODEL, MODEL, choices_of, flags_of, hub_model, meaning
+from mlacli.cli.flag_texts import DEMO_MODEL, MODEL
+from mlacli.cli.flags import choices_of, flags_of, hub_model, meaning
 from mlacli.cli.model_flags import LOAD_MODES, load_mode
 from mlacli.cli.options import flag, parameter
 from mlacli.errors import UsageError

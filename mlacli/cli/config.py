@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 import typer
 
 from mlacli.cli import console, sources
-from mlacli.cli.flags import MODEL
+from mlacli.cli.flag_texts import MODEL
 from mlacli.cli.options import StrictCommand, commands_of, flag, new_app, parameter, takes
 from mlacli.config_file import MODELS, Scalar, Value, change
 from mlacli.debug import ENV

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Annotated
 
 from mlacli.cli import console
-from mlacli.cli.flags import MODEL
+from mlacli.cli.flag_texts import MODEL
 from mlacli.cli.options import DEBUG, StrictCommand, flag, new_app
 
 app = new_app()

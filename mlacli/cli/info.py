@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from mlacli.cli import console
-from mlacli.cli.flags import DEMO_MODEL
+from mlacli.cli.flag_texts import DEMO_MODEL
 from mlacli.cli.options import StrictCommand, flag, new_app, parameter, takes
 from mlacli.errors import UsageError
 from mlacli.settings import default_model

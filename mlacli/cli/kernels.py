@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Annotated, Any
 
 from mlacli.cli import console
-from mlacli.cli.flags import NO_FLASH_ATTENTION, flags_of, run_settings
+from mlacli.cli.flag_texts import NO_FLASH_ATTENTION
+from mlacli.cli.flags import flags_of, run_settings
 from mlacli.cli.options import StrictCommand, flag, new_app, takes
 from mlacli.errors import UsageError
 from mlacli.settings import RunSettings, notes

@@ -12,7 +12,7 @@ from mlacli.overrides import divided
 METADATA = "Metadata and RoPE"
 
 # field: (section, names, placeholder, help), as in flags.py
-TEXTS = {
+METADATA_TEXT = {
     "overrides": (
         METADATA,
         "-okv --override-kv",
@@ -34,7 +34,7 @@ TEXTS = {
     "yarn_beta_slow": (METADATA, "--yarn-beta-slow", "N", "YaRN: pairs of N turns are divided."),
     "yarn_beta_fast": (METADATA, "--yarn-beta-fast", "N", "YaRN: those of N turns are not."),
 }
-SHOWN_DEFAULT = {
+METADATA_DEFAULT = {
     "overrides": "",
     "rope_scaling": "from the file",
     **dict.fromkeys(("rope_scale", "rope_freq_base", "rope_freq_scale", "yarn_orig_ctx"), "0"),

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from mlacli.cli import console
-from mlacli.cli.flags import MODEL, NO_FLASH_ATTENTION, flags_of, given_settings
+from mlacli.cli.flag_texts import MODEL, NO_FLASH_ATTENTION
+from mlacli.cli.flags import flags_of, given_settings
 from mlacli.cli.options import StrictCommand, flag, new_app, takes
 from mlacli.errors import SpaceError, UsageError
 from mlacli.limits import ByteSize, Limit, Switch, parse_list, rules

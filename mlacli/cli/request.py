@@ -9,7 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mlacli.cli.flags import PROFILE_HELP, PROMPT, SAMPLING, flags_of, given
+from mlacli.cli.flag_texts import PROFILE_HELP, PROMPT, SAMPLING
+from mlacli.cli.flags import flags_of, given
 from mlacli.cli.options import OTHER, flag, parameter
 from mlacli.errors import UsageError
 from mlacli.sampling_settings import SamplingSettings

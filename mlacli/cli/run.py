@@ -9,7 +9,8 @@ from typing import Annotated, Any
 
 from mlacli.cli import console
 from mlacli.cli.accepted import ACCEPTED
-from mlacli.cli.flags import NO_FLASH_ATTENTION, OUTPUT, PROMPT, run_settings
+from mlacli.cli.flag_texts import NO_FLASH_ATTENTION, OUTPUT, PROMPT
+from mlacli.cli.flags import run_settings
 from mlacli.cli.options import StrictCommand, accepted_notes, flag, new_app, takes
 from mlacli.cli.request import EXCLUSIVE, REQUEST_FLAGS, has_prompt, read_request
 from mlacli.errors import UsageError

@@ -6,7 +6,8 @@ import json
 from typing import Annotated, Any
 
 from mlacli.cli import console
-from mlacli.cli.flags import NO_FLASH_ATTENTION, flags_of, run_settings
+from mlacli.cli.flag_texts import NO_FLASH_ATTENTION
+from mlacli.cli.flags import flags_of, run_settings
 from mlacli.cli.options import StrictCommand, flag, new_app, takes
 from mlacli.cli.plots import Plot, PlotWith, plots_of
 from mlacli.errors import Interrupted

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
 from mlacli.cli import console
-from mlacli.cli.flags import DEMO_MODEL
+from mlacli.cli.flag_texts import DEMO_MODEL
 from mlacli.cli.options import StrictCommand, flag, new_app, takes
 from mlacli.cli.request import read_stdin, read_text, unescaped
 from mlacli.errors import UsageError

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from mlacli.cli import console
-from mlacli.cli.flags import NO_FLASH_ATTENTION, flags_of, given
+from mlacli.cli.flag_texts import NO_FLASH_ATTENTION
+from mlacli.cli.flags import flags_of, given
 from mlacli.cli.options import StrictCommand, flag, new_app, takes
 from mlacli.config_file import MODELS, ConfigFile, change, read_config_file
 from mlacli.debug import ENV
