@@ -84,13 +84,13 @@ def test_no_more_processes(expected: dict[str, bytes], monkeypatch: pytest.Monke
 
 @pytest.mark.parametrize("n", [0, 2])
 def test_what_llvm_refuses_is_raised(n: int) -> None:
-    before = threading.active_count()
+    before = set(threading.enumerate())
     with pytest.raises(RuntimeError, match="expected"):
         compilers(compile_one, n).compile([*TEXTS, ("bad", "define nonsense" + " " * 4096)])
-    for thread in threading.enumerate():
-        if thread.daemon and thread is not threading.current_thread():
-            thread.join(timeout=10)
-    assert threading.active_count() <= before
+    helpers = set(threading.enumerate()) - before
+    for thread in helpers:
+        thread.join(timeout=10)
+    assert not any(thread.is_alive() for thread in helpers)
 
 
 def test_helpers_that_are_worth_starting() -> None:
