@@ -145,10 +145,11 @@ class Pool:
         self._sequence = 0
         self._lock = threading.Lock()
         self._policy = ThreadPolicy()
-        self._words[IDLE_LOOKS] = idle_looks(self._policy.poll)
+        self._looks = idle_looks(self._policy.poll)
+        self._words[IDLE_LOOKS] = self._looks
         self._home: set[int] | None = None  # where the workers ran before they were placed
         self._ranks: dict[int, Rank] = {}  # by thread id: before a priority was given
-        self._leader = 0  # id of the thread that was given the priority as thread 0
+        self._leaders: set[int] = set()  # ids of threads that were given it as thread 0
         self._threads = [
             threading.Thread(target=worker, args=(*self._addresses(), i), daemon=True)
             for i in range(1, n_threads)
@@ -169,16 +170,19 @@ class Pool:
     def follow(self, policy: ThreadPolicy) -> None:
         """From now on. Thread 0 is placed only while it runs a step, but keeps its priority until
         there is another one, or until `close`."""
+        if policy is self._policy:
+            return
         with self._lock:
             old, self._policy = self._policy, policy
-            self._words[IDLE_LOOKS] = idle_looks(policy.poll)
+            self._looks = idle_looks(policy.poll)
+            self._words[IDLE_LOOKS] = self._looks
             if policy.cpus != old.cpus:
                 if self._home is None:
                     self._home = os.sched_getaffinity(0)
                 for i, thread_id in enumerate(self.thread_ids(), start=1):
                     self._place(thread_id, policy.cpus_of(i) or self._home)
             if policy.priority != old.priority:
-                for thread_id in [*self.thread_ids(), *filter(None, [self._leader])]:
+                for thread_id in [*self.thread_ids(), *self._leaders]:
                     self._rank(thread_id)
 
     def _place(self, thread_id: int, cpus: frozenset[int] | set[int]) -> None:
@@ -221,8 +225,8 @@ class Pool:
             job[job_layout.N_THREADS] = n_threads
             crowded = self._policy.is_crowded(n_threads, len(home))
             job[job_layout.SPINS] = 0 if crowded else BUSY_SPINS
-            looks = idle_looks(self._policy.poll)  # a worker that never slept would be in the way
-            self._words[IDLE_LOOKS] = min(looks, DEFAULT_LOOKS) if crowded else looks
+            # a worker that never slept would be in the way
+            self._words[IDLE_LOOKS] = min(self._looks, DEFAULT_LOOKS) if crowded else self._looks
             job[job_layout.N_LAUNCHES] = len(launches)
             job[job_layout.LAUNCHES] = launches.ctypes.data
             job[job_layout.RECORDS] = 0 if records is None else records.ctypes.data
@@ -235,9 +239,9 @@ class Pool:
     def _as_thread_0(self, home: set[int]) -> Iterator[None]:
         """The caller where thread 0 belongs. What it starts later inherits its CPUs: so it gets
         them all back."""
-        if self._policy.priority and threading.get_native_id() != self._leader:
-            self._leader = threading.get_native_id()
-            self._rank(self._leader)
+        if self._policy.priority and threading.get_native_id() not in self._leaders:
+            self._leaders.add(threading.get_native_id())
+            self._rank(threading.get_native_id())
         cpus = self._policy.cpus_of(0)
         if cpus is None or cpus == home:
             yield

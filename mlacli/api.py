@@ -29,6 +29,7 @@ from mlacli.api_call import (
     Messages,
     Tokens,
     asked,
+    check_kwargs,
     checked_tokens,
     request_of,
     stops_of,
@@ -36,7 +37,7 @@ from mlacli.api_call import (
 )
 from mlacli.api_stream import Stream
 from mlacli.errors import SessionError, UsageError
-from mlacli.generation import common_length
+from mlacli.generation import Timings, common_length
 from mlacli.graph.lower import Lowering
 from mlacli.keywords import LoadSettings, SamplingOptions, checked, named, number
 from mlacli.limits import Limit
@@ -77,6 +78,7 @@ def load(
     if n_out_max is not None:
         n_out = number("n_out_max", n_out_max, int)
         Limit("n_out_max", 1, chosen.n_ubatch).check(n_out)
+    check_kwargs(template_kwargs)
     template = None
     if chat_template is not None:
         with named("chat_template", "--chat-template"):
@@ -114,8 +116,9 @@ class Model:
         self.bos = data.bos if data.add_bos else None  # what the file asks texts to begin with
         self._session: Session | None = session
         self._interrupts = Interrupts(engine.pool)
-        self._lock, self._guard = threading.Lock(), threading.Lock()
-        self._running = False
+        self._lock = threading.Lock()
+        self._guard = threading.RLock()  # a signal handler may ask for a cancel within
+        self._running = self._stopped = False
         self._call: Asked | None = None  # the last one that was begun
         self._release = weakref.finalize(self, _release, session, self._interrupts)
         try:
@@ -170,11 +173,17 @@ class Model:
 
         What the cache holds of the prompt is not evaluated again. Raises MlaError.
         """
+        with self._guard:
+            self._stopped = False
         stream = self.stream(
             prompt, messages=messages, system=system, raw=raw, max_tokens=max_tokens, stop=stop,
             grammar=grammar, json_schema=json_schema, regex=regex, context_shift=context_shift,
             keep=keep, **sampling,
         )  # fmt: skip
+        with self._guard:
+            self._call = stream.call  # from here on `cancel` ends this one
+            if self._stopped:
+                stream.close()
         return stream.rest()
 
     def stream(
@@ -222,7 +231,8 @@ class Model:
     def detokenize(self, tokens: Iterable[int], *, special: bool = False) -> str:
         """Their text; control tokens are left out unless `special`. Bytes that are no UTF-8 become
         U+FFFD. Raises ModelError for a token outside the vocabulary."""
-        return self._open().tokenizer.decode(tokens, special).decode("utf-8", "replace")
+        ids = [number("tokens", token, int) for token in tokens]
+        return self._open().tokenizer.decode(ids, special).decode("utf-8", "replace")
 
     def logits(
         self, tokens: Tokens, *, every: bool = False, first: int = 0
@@ -237,6 +247,7 @@ class Model:
             found = checked_tokens(session, tokens, "tokens", self.n_ctx)
             Limit("first", 0, len(found) - 1).check(number("first", first, int))
             generator = session.generator
+            generator.timings = Timings()  # those of an answer are its own
             reused = 0 if every else min(common_length(generator.tokens, found), len(found) - 1)
             self._call = None
             for line in session.prepare(len(found) - reused):
@@ -304,6 +315,7 @@ class Model:
         """End the call under way, from any thread: an answer then has what came so far, `logits`
         raises Cancelled. Nothing happens when there is none."""
         with self._guard:
+            self._stopped = True
             if self._call is not None:
                 self._call.cancelled = True
             if self._running and self._session is not None:

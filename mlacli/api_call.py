@@ -37,7 +37,7 @@ _SAMPLING = SamplingOptions.__annotations__
 class Answer:
     """What came of a prompt.
 
-    `finish` says what ended it: `end` the model (or the grammar), `stop` a stop text, `length`
+    `finish` says what ended it: `end` the model, `grammar` its end, `stop` a stop text, `length`
     max_tokens, `context` a full context, `cancelled` a cancel or an early close; None: nothing yet.
     `tokens` are the ones generated, without the end token. `timings` are seconds and counts.
     """
@@ -100,8 +100,20 @@ def _grammar(given: Mapping[str, str | Mapping[str, Any] | None]) -> Grammar | N
     return found[0] if found else None
 
 
+def check_kwargs(given: Mapping[str, Any] | None) -> None:
+    """Raises UsageError for template variables that are no dict or not JSON."""
+    if given is not None and not isinstance(given, Mapping):
+        raise UsageError(f"template_kwargs: {str(given)[:40]!r} is not a dict")
+    try:
+        json.dumps(dict(given or {}))
+    except (TypeError, ValueError, RecursionError) as problem:
+        raise UsageError(f"template_kwargs: is not JSON ({problem})") from problem
+
+
 def stops_of(stop: str | Sequence[str]) -> Stops:
     """The texts that end an answer. Raises UsageError."""
+    if not isinstance(stop, Sequence):
+        raise UsageError(f"stop: {str(stop)[:40]!r} is neither a text nor a list of texts")
     texts = [stop] if isinstance(stop, str) else list(stop)
     for text in texts:
         if not isinstance(text, str) or not text:

@@ -18,11 +18,11 @@ class Stream(Iterator[str]):
     """An answer, piece by piece; made by `Model.stream`. `answer` is what has come so far."""
 
     def __init__(self, model: Model, call: Asked) -> None:
-        self._model, self._call, self._ended = model, call, False
+        self._model, self.call, self._ended = model, call, False
 
     @property
     def answer(self) -> Answer:
-        return self._call.answer
+        return self.call.answer
 
     def __iter__(self) -> Stream:
         return self
@@ -43,14 +43,14 @@ class Stream(Iterator[str]):
 
     def close(self) -> None:
         """Ask for no more of it."""
-        self._call.cancelled, self._ended = True, True
+        self.call.cancelled, self._ended = True, True
 
     def _next(self) -> str | None:
         with self._begun():
             return self._piece()
 
     def _piece(self) -> str | None:
-        text = None if self._call.cancelled else self._call.piece()
+        text = None if self.call.cancelled else self.call.piece()
         self._ended = text is None
         return text
 
@@ -58,7 +58,7 @@ class Stream(Iterator[str]):
     def _begun(self) -> Iterator[None]:
         """The model, ready for this answer's next step. Raises UsageError when it went on to
         another one: the cache is no longer this answer's."""
-        model, call = self._model, self._call
+        model, call = self._model, self.call
         with model._used() as session:
             if not call.begun:
                 model._call = call

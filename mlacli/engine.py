@@ -23,7 +23,7 @@ from mlacli.errors import UsageError
 from mlacli.fit import check_plan
 from mlacli.gguf.patch import patched
 from mlacli.gguf.reader import GGUFFile, MappedFile, open_gguf
-from mlacli.graph.lower import Lowering
+from mlacli.graph.lower import Lowering, launches_of
 from mlacli.graph.node import Dim, Node
 from mlacli.graph.ops import lower_graph
 from mlacli.graph.program import Memory, Program
@@ -75,11 +75,12 @@ def load_model(
     `progress` is told bytes.
     """
     file = open_gguf(path)
-    wanted = [*overrides, *rope_overrides(rope, file.metadata)]
-    patch = patched(file.metadata, wanted)
+    overrides = list(overrides)
+    found = rope_overrides(rope, patched(file.metadata, overrides).metadata)
+    patch = patched(file.metadata, [*overrides, *found])
     file = replace(file, metadata=patch.metadata)
     config = read_config(file)
-    notes = (*file.notes, *patch.notes, *rope_notes(rope, file.metadata))
+    notes = (*file.notes, *patch.notes, *rope_notes(rope, patch.metadata))
     notes = (*notes, *check_tensors(file, config))
     if not mmap:
         file = _copied(file, huge, progress)
@@ -263,6 +264,7 @@ class Engine:
         What is kept are the rows as they were computed: they still know of the dropped tokens.
         """
         cells = self.cache.shift(0, first, n)
+        self.pool.follow(self._policies[True])
         layout = self.plan.layout
         kind, n_heads, n_before = "c", 1, layout.kv_lora_rank
         if not layout.latent:
@@ -280,6 +282,13 @@ class Engine:
                 self.pool.clear_cancel()
                 self.cache.clear()
                 raise Cancelled
+
+    def own_kernels(self) -> list[str]:
+        """The kernels that take the place of built-in ones."""
+        planned = self.plan.graphs.values()
+        ops = {n.op: (p, n) for p in planned for n in p.graph.operations if p.lower.replaced(n)}
+        found = (launch for p, node in ops.values() for launch in launches_of(p.lower, node))
+        return sorted({launch.spec.symbol for launch in found})
 
     def cancel(self) -> None:
         """End the step under way, or the next one if there is none; from any thread."""

@@ -145,7 +145,7 @@ def _cached(wanted: HubFile) -> list[str]:
     commit = folder / "refs" / "main"
     if not commit.is_file():
         raise LocalEntryNotFoundError("the cache has nothing of it")
-    snapshot = folder / "snapshots" / commit.read_text().strip()
+    snapshot = folder / "snapshots" / commit.read_text(errors="replace").strip()
     return [f.relative_to(snapshot).as_posix() for f in snapshot.rglob("*.gguf") if f.is_file()]
 
 

@@ -45,9 +45,9 @@ def rendered(
     return pieces
 
 
-def open_template(tokenizer: Tokenizer, request: Request) -> ChatTemplate | None:
+def open_template(tokenizer: Tokenizer, request: Request, name: str) -> ChatTemplate | None:
     """The request's template or the file's, if either is to be used; a conversation always has
-    one."""
+    one. `name` is the file's."""
     source = request.template or tokenizer.data.chat_template
     if not source and request.talks:
         source = NAMED[FALLBACK]
@@ -58,5 +58,7 @@ def open_template(tokenizer: Tokenizer, request: Request) -> ChatTemplate | None
         tokenizer.bos_text,
         tokenizer.eos_text,
         tokenizer.control_texts,
+        name,
+        flag="--chat-template" if request.template else "",
         extra=request.template_kwargs,
     )

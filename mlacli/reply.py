@@ -49,16 +49,13 @@ class Reply:
         ended: Finish | None = None
         for token in self.generator.stream(logits, self.limit):
             self.first_token = self.first_token or time.perf_counter()
-            is_shown = self.special and self.tokenizer.is_control(token)
-            if is_shown:
-                yield token, self._control(token)
             if self.tokenizer.is_end_of_generation(token) and not self.ignores_end:
                 ended = "end"
+                if self.special:
+                    yield None, self._fed(decoder, token)[0]
                 break
             self.tokens.append(token)
-            if is_shown:
-                continue
-            text, stopped = self._next(decoder.feed(token))
+            text, stopped = self._fed(decoder, token)
             if stopped:
                 self.finish = "stop"
             yield token, text
@@ -69,6 +66,20 @@ class Reply:
         if text:
             yield None, text
 
+    def _fed(self, decoder: StreamDecoder, token: int) -> tuple[str, bool]:
+        """As `_next`, for a token; nothing that was held back reaches across a control token."""
+        if not (self.special and self.tokenizer.is_control(token)):
+            return self._next(decoder.feed(token))
+        before, stopped = self._next(decoder.flush())
+        if stopped:
+            return before, True
+        held, shown = self.stops.flush(), self.tokenizer.piece(token).decode(errors="replace")
+        self.text += held
+        if not self.says_special:
+            return before + held + shown, False
+        text, stopped = self._next(shown)
+        return before + held + text, stopped
+
     def _next(self, text: str, *, last: bool = False) -> tuple[str, bool]:
         """(what the answer goes on with, whether a stop text ends it there)."""
         if self.spoken:
@@ -78,9 +89,3 @@ class Reply:
             text += self.stops.flush()
         self.text += text
         return text, stopped
-
-    def _control(self, token: int) -> str:
-        shown = self.tokenizer.piece(token).decode(errors="replace")
-        if self.says_special:
-            self.text += shown
-        return shown

@@ -43,7 +43,7 @@ def rows_of(path: Path) -> list[Row]:
 
     Raises OSError, and ValueError naming the file and the line.
     """
-    text = path.read_text()
+    text = path.read_text(errors="replace")
     if text.lstrip().startswith("["):
         return [row for one in _parsed(f"{path}", text) for row in _rows_in(f"{path}", one)]
     return [

@@ -123,9 +123,10 @@ class Session:
             self.engine.cache.clear()
 
     def save(self) -> None:
-        """Write --prompt-cache, unless it is only read. Raises SpaceError."""
+        """Write --prompt-cache, unless it is only read or there is nothing to write. Raises
+        SpaceError."""
         path = self.request.prompt_cache
-        if path is not None and not self.request.prompt_cache_ro:
+        if path is not None and not self.request.prompt_cache_ro and self.generator.tokens:
             with self.watch("saving the session", "bytes") as progress:
                 save_session(path, self.engine, self.generator.tokens, progress)
 
@@ -169,7 +170,9 @@ def open_session(
     tokenizer = Tokenizer(data, model.config.n_vocab)
     constraint = Constraint(request.grammar, tokenizer) if request.grammar else None
     with contextlib.ExitStack() as undo:
-        template = open_template(tokenizer, request)  # its process starts up meanwhile
+        template = open_template(
+            tokenizer, request, str(settings.model)
+        )  # its process starts up meanwhile
         if template is not None:
             undo.callback(template.close)
         for line in model.notes:
@@ -208,13 +211,14 @@ def run_prompt(
         engine, timings = session.engine, session.generator.timings
         tokens = prompt_tokens(session, note)
         session.announce(note)
-        for line in session.prepare(len(tokens)):
-            note(f"note: {line}")
         session.warm_up()
+        session.restore(tokens, note)
+        n_new = len(tokens) - common_length(session.generator.tokens, tokens)
+        for line in session.prepare(n_new):
+            note(f"note: {line}")
         ready = time.perf_counter()
         reply = reply_to(session, tokens, Stops(request.reverse_prompt, shown=True))
         timings.load = ready - timings.started
-        session.restore(tokens, note)
         if request.display_prompt:
             prompt = session.tokenizer.decode(tokens, special=True)
             output.prompt(prompt.decode(errors="replace"))

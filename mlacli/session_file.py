@@ -38,6 +38,8 @@ _NAMES = {
     "model": "the model",
     "overrides": "metadata (--override-kv, --rope-*, --yarn-*)",
     "mla": "-mla",
+    "ser": "-ser",
+    "kernels": "kernels of one's own",
     "flash_attn": "-fa",
     "type_k": "-ctk",
     "type_v": "-ctv",
@@ -52,7 +54,9 @@ def identity(engine: Engine) -> dict[str, Any]:
     return {
         "model": model_digest(engine.model.file),
         "overrides": list(engine.model.overrides),
+        "kernels": engine.own_kernels(),
         "mla": settings.mla,
+        "ser": list(settings.ser) if settings.ser else None,
         "flash_attn": settings.flash_attn,
         "type_k": layout.fmt_k.name,
         "type_v": layout.fmt_v.name if not layout.latent else None,

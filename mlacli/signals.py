@@ -50,6 +50,7 @@ def stop_on_signals(engine: Engine) -> Iterator[list[int]]:
         for number, handler in old.items():
             signal.signal(number, handler)
         watcher.close()
+        engine.pool.clear_cancel()  # it may have come when there was no step left to end
 
 
 class Interrupts:

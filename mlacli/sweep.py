@@ -68,6 +68,12 @@ def head(engine: Engine, memory: bool = False) -> str:
     return "\n".join([main, "", columns, _LINE + _MEMORY_LINE * memory]) + "\n"
 
 
+def check_room(n_gen: int, n_ctx: int) -> None:
+    """Raise UsageError when not even one step fits."""
+    if n_gen > n_ctx:
+        raise UsageError(f"-n: {n_gen} is more than -c {n_ctx}")
+
+
 def sweep(
     engine: Engine,
     n_gen: int,
@@ -86,8 +92,7 @@ def sweep(
     Raises UsageError when not even one step fits, Cancelled.
     """
     n_pp, n_ctx = engine.plan.n_tokens_max, engine.n_ctx
-    if n_gen > n_ctx:
-        raise UsageError(f"-n: {n_gen} is more than -c {n_ctx}")
+    check_room(n_gen, n_ctx)
     engine.cache.clear()
     if warmup:
         _prompt(engine, 0, n_pp)

@@ -11,6 +11,7 @@ import pytest
 
 from mlacli.__main__ import main
 from mlacli.config_file import MAX_BYTES, changed
+from mlacli.settings import default_model
 
 
 @pytest.fixture
@@ -101,7 +102,7 @@ def test_settings_of_other_commands_and_models_are_left_alone(
         ("[models]\nthreads = 1", 'models.threads: belongs into [models."NAME"]'),
         ("ctx-size = 'abc'", "ctx-size: 'abc' is not a whole number (0 to 2147483647)"),
         ("ctx-size = true", "ctx-size: 'true' is not a whole number (0 to 2147483647)"),
-        ("ctx-size = [1, 2]", "ctx-size: takes one value (got 2)"),
+        ("mla-threshold = [1, 2]", "mla-threshold: takes one value (got 2)"),
         ("ctx-size = 1979-05-27", "ctx-size: is not a string, number or boolean, nor a list"),
         ("ctx-size = 1\nctx_size = 2", "ctx_size and ctx-size: give one of them"),
         ("ub = 1\nubatch-size = 2", "says the same flag"),
@@ -300,3 +301,36 @@ def test_changes_keep_everything_else(before: str) -> None:
     assert all(line in after for line in before.splitlines())
     back = changed(changed(after, ("models", "n.gguf"), {"t": None}), (), {"top": None})
     assert tomllib.loads(back) == tomllib.loads(before)
+
+
+def test_what_excludes_another_flag_gives_way(
+    config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The one nearest to the command line counts."""
+    config.write_text("model = 'x.gguf'\nmlock = true\n[run]\njson = true\n")
+    assert main(["run", "-hf", "a/b", "--offline", "-p", "x"]) == 3
+    assert capsys.readouterr().err.startswith("error: -hf a/b: it is not in the cache")
+    monkeypatch.setenv("LLAMA_ARG_NO_MMAP", "1")
+    assert main(["report", "-m", str(default_model()), "-lm", "mmap", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["memory"]["weight_bytes"] > 0
+    words = ["run", "-m", str(default_model()), "-p", "x", "-n", "1", "--jsonl", "-dr"]
+    assert main(words) == 0 and json.loads(capsys.readouterr().out)["n_ctx"] == 2048
+
+
+def test_a_token_or_being_offline_may_be_set_for_all(
+    config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config.write_text("offline = true\nhf-token = 'x'\nfit = true\nn-predict = -1\n")
+    assert main(["report", "-c", "256,512"]) == 0  # report's --fit is another flag than run's
+    assert main(["sweep", "-c", "256", "-ub", "256", "-n", "1"]) == 0
+    capsys.readouterr()
+    config.write_text("[models.'demo.gguf']\nhf-repo = 'a/b'\n")
+    assert "has no place here" in _error(capsys, "report")
+    config.write_text('log-file = "a\\u0000b"\n')
+    assert "holds a NUL character" in _error(capsys, "report")
+
+
+def test_a_list_for_a_report(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config.write_text("[report]\nctx-size = [256, 512]\n")
+    assert main(["report", "--json"]) == 0
+    assert [row["n_ctx"] for row in json.loads(capsys.readouterr().out)] == [256, 512]

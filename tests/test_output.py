@@ -201,8 +201,15 @@ def test_a_log_never_replaces_the_model(run: Run, tmp_path: Path) -> None:
     path = tmp_path / "m.gguf"
     path.write_bytes(b"weights")
     code, _, err = run("-p", "x", "-m", str(path), "--log-file", f"{tmp_path}/./m.gguf")
-    assert (code, err) == (2, f"error: --log-file: {path} is the model file\n")
+    assert (code, err) == (2, f"error: --log-file: {path} is a file that this command uses\n")
     assert path.read_bytes() == b"weights"
+    path.write_bytes(b"GGUF of another command")
+    code, _, err = run("-p", "x", "--log-file", str(path))
+    assert (code, err) == (2, f"error: --log-file: {path} is a model file\n")
+    prompt = tmp_path / "prompt"
+    prompt.write_text("What is it?")
+    assert run("-f", str(prompt), "--log-file", str(prompt))[0] == 2
+    assert prompt.read_text() == "What is it?"
 
 
 def test_prefix_and_time(run: Run) -> None:

@@ -192,7 +192,7 @@ def test_colours_of_lines_and_of_thoughts(
 
 
 def test_a_long_prompt_shows_a_bar_to_a_terminal_and_none_to_a_pipe(tmp_path: Path) -> None:
-    (tmp_path / "text").write_text("the quick brown fox jumps over the lazy dog " * 26)
+    (tmp_path / "text").write_text("the quick brown fox jumps over the lazy dog " * 90)
     words = ("run", "-f", "text", "--no-cnv", "-n", "2", "-t", "1", "-ub", "1", "--temp", "0")
     command = [sys.executable, "-m", "mlacli", *words, "--no-perf"]
     env = os.environ | {"TERM": "xterm", "PYTHONPATH": str(ROOT), "COLUMNS": "100"}
@@ -210,7 +210,7 @@ def test_a_long_prompt_shows_a_bar_to_a_terminal_and_none_to_a_pipe(tmp_path: Pa
     assert process.wait(60) == 0
     text = shown.decode()
     assert re.search(
-        r"prompt [━╸╺]+ \d+/\d{3} tokens, [\d.]+ t/s, 0:\d\d left", _CODE.sub("", text)
+        r"prompt [━╸╺]+ \d+/\d{4} tokens, [\d.]+ t/s, 0:\d\d left", _CODE.sub("", text)
     )
     last = screen(text)[-len(piped.stdout.decode().splitlines()) :]
     assert last == piped.stdout.decode().splitlines()

@@ -77,9 +77,9 @@ def bench(
     **values: Any,
 ) -> int:
     """Measure prompt processing and generation for every combination of the values given."""
-    cases = benching.cases(grid_of(values))
     n, warm, rest = _REPETITIONS.parse(repetitions), _WARMUP.parse(warmup), _DELAY.parse(delay)
     format_name = output or ("sql" if db else "md")
+    cases = benching.cases(grid_of(values))
     side_by_side = _pivot(pivot, format_name, roof, cases)
     writers = _writers(format_name, output_err, db, roof, side_by_side)
     plots = plots_of(plot, plot_with)

@@ -66,6 +66,8 @@ class Commands:
         Raises Leave, UsageError for an unknown command, MlaError of what it does.
         """
         word, _, rest = text.partition(" ")
+        if "\0" in text:
+            raise UsageError(f"{word}: a NUL character has no place here")
         name = _SHORT.get(word, word)
         if name not in COMMANDS:
             raise UsageError(f"{word}: no such command{suggestion(word, COMMANDS)} (/help)")
@@ -168,6 +170,10 @@ class Commands:
             raise UsageError(f"/set: no such setting: {name}{suggestion(name, list(known))}")
         generator = self.conversation.session.generator
         many = SamplingSettings.__dataclass_fields__[name].metadata["each"]
+        if not value and not many:
+            raise UsageError(f"/set {name}: needs a value")
         changed = given(SamplingSettings, {name: value.split() if many else value})
+        if name in ("samplers", "sampling_seq"):  # two ways to say the same
+            changed = {"samplers": None, "sampling_seq": None} | changed
         settings = replace(generator.sampler.settings, **changed)
         generator.sampler = generator.sampler.changed(settings)

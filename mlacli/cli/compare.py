@@ -37,7 +37,9 @@ def compare(**values: Any) -> int:
 
     try:
         first, *others = (results.rows_of(Path(name)) for name in files)
-    except (OSError, ValueError) as problem:
+    except OSError as problem:
+        raise UsageError(f"compare: {problem.filename}: {problem.strerror}") from problem
+    except ValueError as problem:
         raise UsageError(f"compare: {problem}") from problem
     for name, rows in zip(files[1:], others, strict=True):
         compared = results.compare(first, rows)

@@ -174,6 +174,8 @@ def _change(words: Sequence[str], model: str | None, commands: Mapping[str, Stri
     value = _value(key, known[key], texts) if verb == SET else None
     option = known[key].option
     others = [other for other in known if known[other].option.opts == option.opts]
+    if model == "":
+        raise UsageError("-m: the name is empty")
     table = [MODELS, Path(model).name] if model else [command] if command else []
     change(_file(), table, dict.fromkeys(others) | {key: value})
 
@@ -182,6 +184,8 @@ def _value(key: str, place: sources.Key, texts: Sequence[str]) -> Value:
     """What the file is to hold. Raises UsageError."""
     value: list[Scalar] = []
     for text in texts:
+        if not text.isascii() and text != text.encode(errors="ignore").decode():
+            raise UsageError(f"{key}: {text[:40]!r} is not UTF-8")
         rule = _RULES.get(place.option.name)
         if place.option.is_flag or (isinstance(rule, Switch) and not place.option.multiple):
             value.append(Switch(key).parse(text))

@@ -36,11 +36,6 @@ def meaning(field: str) -> str:
     return TEXT[field][3]
 
 
-def names_of(field: str) -> list[str]:
-    """The names of the flag of this field."""
-    return TEXT[field][1].replace("/", " ").split()
-
-
 def shown_default(field: Field[Any]) -> str:
     """The default as help and docs show it."""
     if field.name in SHOWN_DEFAULT:
@@ -139,22 +134,39 @@ def given_settings(values: Mapping[str, Any]) -> dict[str, Any]:
     if log.verbosity >= DEBUG:
         found.setdefault("verbose", True)
     if "model" in found:
+        if not found["model"]:
+            raise UsageError("-m: the name is empty")
         found["model"] = Path(found["model"])
-    settings = fitted(**found)  # what cannot work is said before anything is fetched
-    both = log.path or "", settings.model
-    if all(map(os.path.exists, both)) and os.path.samefile(*both):
-        raise UsageError(f"--log-file: {log.path} is the model file")
-    console.start(log)
+    fitted(**found)  # what cannot work is said before anything is fetched
     fetched = hub_model(values)
-    return found | ({"model": fetched} if fetched else {})
+    found |= {"model": fetched} if fetched else {}
+    if log.path:
+        _check_log(log.path, {**values, "model": str(found.get("model", ""))})
+    console.start(log)
+    return found
+
+
+def _check_log(path: Path, values: Mapping[str, Any]) -> None:
+    """Raises UsageError for a log that would take the place of a model or of what is read."""
+    try:
+        with path.open("rb") as stream:
+            if stream.read(4) == b"GGUF":
+                raise UsageError(f"--log-file: {path} is a model file")
+    except FileNotFoundError:
+        return
+    except OSError as problem:
+        raise UsageError(f"--log-file: {path}: {problem.strerror}") from problem
+    named = (v for name, v in values.items() if name != "log_file" and isinstance(v, str))
+    if any(os.path.exists(name) and path.samefile(name) for name in named):
+        raise UsageError(f"--log-file: {path} is a file that this command uses")
 
 
 def hub_model(values: Mapping[str, Any]) -> Path | None:
     """The model that -hf names, fetched; None if it names none. Raises UsageError, ModelError."""
     hub = given(HubFile, values)
     if "hf_repo" not in hub:
-        if hub:
-            raise UsageError(f"{names_of(next(iter(hub)))[0]}: needs -hf USER/REPO")
+        if "hf_file" in hub:  # a token, or to be offline, may be set for all commands
+            raise UsageError("-hff: needs -hf USER/REPO")
         return None
     if values["model"]:
         raise UsageError("-m and -hf: give one of them, not both")

@@ -123,8 +123,9 @@ class StrictCommand(TyperCommand):
     parameter that takes the words that belong to no flag, where there may be any. `refuses` are
     flags of other commands: name and reason. Flags that are not typed may be set elsewhere
     (sources.py) unless `reads_settings` is off; of the parameters of an `exclusive` group only
-    those count that are set nearest to the command line. `creates_config`: the configuration file
-    need not exist, even if it was named.
+    those count that are set nearest to the command line; those of `typed_only` mean something of
+    this command's own and are never set elsewhere. `creates_config`: the configuration file need
+    not exist, even if it was named.
     """
 
     rewrites: ClassVar[Mapping[str, str]] = {}
@@ -133,7 +134,12 @@ class StrictCommand(TyperCommand):
     refuses: ClassVar[Mapping[str, str]] = {}
     reads_settings: ClassVar[bool] = True
     creates_config: ClassVar[bool] = False
-    exclusive: ClassVar[Sequence[Collection[str]]] = ()
+    exclusive: ClassVar[Sequence[Collection[str]]] = (
+        ("model", "hf_repo"),
+        ("load_mode", "mmap"),
+        ("load_mode", "mlock"),
+    )
+    typed_only: ClassVar[Collection[str]] = ()
 
     def parse_args(self, ctx: Context, args: list[str]) -> list[str]:
         if ctx.resilient_parsing:  # a shell asks what could follow

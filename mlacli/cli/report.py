@@ -29,6 +29,7 @@ app = new_app()
 
 class ReportCommand(StrictCommand):
     rewrites = NO_FLASH_ATTENTION
+    typed_only = ("--fit",)  # run's -fit is another one
 
 
 def _listed() -> Iterator[Parameter]:
@@ -99,13 +100,13 @@ def report(
     return 0
 
 
-def dry_run(settings: RunSettings) -> int:
+def dry_run(settings: RunSettings, *, json: bool = False) -> int:
     """Print the report of what `run` would take. Raises SpaceError when that does not fit."""
-    from mlacli.report import TOO_LARGE, make_report
+    from mlacli.report import TOO_LARGE, make_report, report_json
     from mlacli.report_format import format_report
 
     found = make_report(settings)
-    console.write(format_report(found))
+    console.write(report_json(found) if json else format_report(found))
     memory = found.memory
     if memory.verdict == TOO_LARGE:
         raise SpaceError(

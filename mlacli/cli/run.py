@@ -32,7 +32,7 @@ class RunCommand(StrictCommand):
         "--skip-chat-parsing": "--reasoning-format none",
     }
     accepted = ACCEPTED
-    exclusive = EXCLUSIVE
+    exclusive = (*StrictCommand.exclusive, *EXCLUSIVE, ("json", "jsonl"))
 
 
 _CONVERSATION = flag(
@@ -87,13 +87,15 @@ def run(
         )
     if dump and talks:
         raise UsageError("--dump-tensors: needs a prompt (-p TEXT, -f FILE or standard input)")
+    if dump and (json or jsonl):
+        raise UsageError("--dump-tensors: shows no answer, which --json would write")
     if json and jsonl:
         raise UsageError("--json and --jsonl: give one of them, not both")
     request = read_request(
         values,
         raw=not conversation,
         talks=talks,
-        output="json" if json else "jsonl" if jsonl else TEXT,
+        output=TEXT if values["dry_run"] else "json" if json else "jsonl" if jsonl else TEXT,
         json_tokens=json_tokens,
     )
     for line in (*accepted_notes(), *notes(settings, request)):
@@ -101,7 +103,7 @@ def run(
     if values["dry_run"]:
         from mlacli.cli.report import dry_run
 
-        return dry_run(settings)
+        return dry_run(settings, json=json or jsonl)
     if talks:
         from mlacli.cli.talk import talk
 

@@ -90,7 +90,7 @@ def keys_of(command: StrictCommand) -> dict[str, Key]:
     """Every key that a command knows."""
     found: dict[str, Key] = {}
     for option in command.options():
-        if TYPED_ONLY.isdisjoint(option.opts):
+        if not {*TYPED_ONLY, *command.typed_only} & set(option.opts):
             found |= {key: Key(option) for key in _keys(option.opts)}
             found |= {key: Key(option, False) for key in _keys(option.secondary_opts)}
     return found
@@ -140,8 +140,9 @@ def collect(
     if file.content:
         model = _model(typed, from_variables, found, default_model)
         for entries in file.for_model(model) if model else ():
-            if "model" in entries:
-                raise UsageError(f"{file.path}: {entries['model'].where}: has no place here")
+            for key in entries.keys() & keys.keys():
+                if keys[key].option.name in ("model", "hf_repo", "hf_file"):
+                    raise UsageError(f"{file.path}: {entries[key].where}: has no place here")
             found = _over(found, _read_entries(file, entries, keys, "", others), command)
     found = _over(found, from_variables, command)
     kept = _without(found, typed, command)
@@ -152,8 +153,12 @@ def collect(
 def _model(typed: Mapping[str, Any], *rest: Any) -> Path | None:
     """The model in force; None when there are several."""
     *found, default = rest
-    for value in (typed.get("model"), *(f["model"].value for f in found if "model" in f)):
-        if value:
+    layers: list[Mapping[str, Any]] = [typed]
+    layers += ({name: setting.value for name, setting in f.items()} for f in found)
+    for layer in layers:
+        if layer.get("hf_repo"):
+            return None  # which file that is, the hub says
+        if value := layer.get("model"):
             files = value if isinstance(value, list) else [value]
             return Path(files[0]) if len(set(files)) == 1 else None
     assert isinstance(default, Path)
@@ -213,6 +218,10 @@ def no_such_key(key: str, known: Iterable[str]) -> str:
 def read(key: Key, value: Value, origin: str) -> str | bool | list[str]:
     """A parameter's value, as if typed. Raises UsageError, which begins with `origin`."""
     texts = [_text(item) for item in (value if isinstance(value, list) else [value])]
+    if any("\0" in text for text in texts):
+        raise UsageError(f"{origin}: holds a NUL character")
+    if (key.option.metavar or "").endswith(",..."):  # a list in one value
+        texts = [",".join(texts)]
     if key.option.multiple:
         return texts
     if len(texts) != 1:

@@ -24,6 +24,7 @@ app = new_app()
 
 class SweepCommand(StrictCommand):
     rewrites = NO_FLASH_ATTENTION | {"--no-warmup": ""}
+    typed_only = ("--n-predict",)  # per step here
 
 
 _N = flag("-n --predict --n-predict", OUTPUT, "N", "Tokens generated per step.", "-ub / 4")
@@ -59,6 +60,7 @@ def sweep(
     from mlacli import sweep as sweeping
     from mlacli.bench_runner import facts
     from mlacli.cli.progress import bar
+    from mlacli.context import padded_context
     from mlacli.engine import Cancelled
     from mlacli.loading import memory_notes, start_engine, watched_load
     from mlacli.machine import make_jit
@@ -68,6 +70,7 @@ def sweep(
 
     model = watched_load(settings, bar)
     n_ctx = context_size(model.config, settings, note=console.note)
+    sweeping.check_room(n_gen, padded_context(n_ctx, flash=settings.flash_attn))
     engine = start_engine(model, settings, make_jit(), n_ctx)
     with bar("compiling", "kernels") as progress:
         engine.prepare(*engine.plan.graphs, progress=progress)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Any
 
 from mlacli.cli import console
 from mlacli.cli.flag_texts import NO_FLASH_ATTENTION
-from mlacli.cli.flags import flags_of, given
+from mlacli.cli.flags import flags_of, given_settings
 from mlacli.cli.options import StrictCommand, flag, new_app, takes
 from mlacli.config_file import MODELS, ConfigFile, change, read_config_file
 from mlacli.debug import ENV
@@ -45,9 +44,8 @@ def tune(
     The values take turns, and the default stays unless another is faster by more than the noise.
     What is found is written to the configuration file, for files of the model's name.
     """
-    settings = given(RunSettings, values)
-    settings["model"] = Path(settings.get("model", default_model()))
     seconds, names = _SECONDS.parse(time), parse_list(_ONLY, only)
+    settings = {"model": default_model()} | given_settings(values)
     file = None if dry_run else _file()
     for line in notes(fitted(**settings)):
         console.note(f"note: {line}")

@@ -155,5 +155,7 @@ def _check(lower: Lower, node: Node, launch: Launch) -> None:
         if not isinstance(operand, kinds):
             got = type(operand).__name__
             raise UsageError(f"{name}: parameter {param} is a {declared.kind}, got {got}")
+        if isinstance(operand, At | Scratch) and operand.node not in (node, *node.inputs):
+            raise UsageError(f"{name}: parameter {param} is at {operand.node}, no input of {node}")
         if isinstance(operand, Scratch) and not scratch_bytes(lower, node):
             raise UsageError(f"{name}: parameter {param} is scratch, of which it declares none")

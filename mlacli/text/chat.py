@@ -37,7 +37,8 @@ class ChatTemplate:
 
     `control_texts` are the spellings of all control tokens: where a message contains one, the
     prompt is cut within it, so that it is encoded as the text that it is. Use it as a context
-    manager or call `close`. `extra` are variables besides those it always has.
+    manager or call `close`. `extra` are variables besides those it always has. `flag` is where it
+    comes from if not from the file `name`: then what is wrong with it is a UsageError.
     """
 
     def __init__(
@@ -48,8 +49,9 @@ class ChatTemplate:
         control_texts: Sequence[str] = (),
         name: str = "model",
         extra: Mapping[str, Any] | None = None,
+        flag: str = "",
     ) -> None:
-        self._name, self._extra = name, dict(extra or {})
+        self._name, self._extra, self._flag = name, dict(extra or {}), flag
         size = len(source.encode("utf-8", "surrogatepass"))
         if size > MAX_TEMPLATE_BYTES:
             raise self._problem(f"has {size} bytes (limit {MAX_TEMPLATE_BYTES})")
@@ -153,7 +155,7 @@ class ChatTemplate:
             body += part
         return bytes(body)
 
-    def _death(self) -> ModelError:
+    def _death(self) -> ModelError | UsageError:
         """Why the child has ended; afterwards a new one can be started."""
         process = self._process
         assert process is not None
@@ -166,7 +168,9 @@ class ChatTemplate:
             return self._problem("takes more than 2 s of processor time")
         return self._problem(f"its process ended early (status {code})")
 
-    def _problem(self, problem: str) -> ModelError:
+    def _problem(self, problem: str) -> ModelError | UsageError:
+        if self._flag:
+            return UsageError(f"{self._flag}: {problem}")
         return ModelError(f"{printable(self._name, 80)}: {_FIELD}: {problem}")
 
     def _unused_character(self, messages: str) -> str:

@@ -54,7 +54,7 @@ def ends_in_a_thought(tokens: Sequence[int], piece: Callable[[int], bytes]) -> b
 
 
 class Spoken:
-    """An answer without what is thought before it, piece by piece."""
+    """An answer without what is thought, piece by piece."""
 
     def __init__(self, *, inside: bool) -> None:
         self._reasoning = Reasoning(inside)

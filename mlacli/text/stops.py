@@ -8,7 +8,8 @@ from collections.abc import Sequence
 class Stops:
     """Holds back what may be the beginning of a stop text; with `shown` it is a part of the answer.
 
-    Of several in one place, the longest counts. Without stop texts nothing is held back.
+    Of several in one place, the longest that is there already counts. Without stop texts nothing
+    is held back.
     """
 
     def __init__(self, texts: Sequence[str], *, shown: bool = False) -> None:

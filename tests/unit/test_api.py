@@ -14,7 +14,7 @@ import threading
 import time
 import weakref
 from collections.abc import Iterator, Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 
 import mlacli
-from mlacli import Cancelled, Model, load
+from mlacli import Cancelled, Model, api, api_call, load
 from mlacli.errors import MlaError, ModelError, SessionError, UsageError
 from mlacli.keywords import LoadSettings, SamplingOptions
 from mlacli.sampling_settings import SamplingSettings
@@ -208,6 +208,32 @@ def test_answers_keep_to_a_schema(model: Model) -> None:
 
 
 # -- logits and tokens ----------------------------------------------------------------------------
+
+
+def test_logits_leave_an_answers_timings_alone(model: Model) -> None:
+    answer = model.generate(QUESTION, temp=0, max_tokens=2)
+    before = replace(answer.timings)
+    model.logits(model.tokenize("another text"))
+    assert answer.timings == before
+
+
+def test_a_cancel_while_nothing_runs_is_no_concern_of_the_next_call(model: Model) -> None:
+    model.cancel()
+    assert model.generate(QUESTION, temp=0, max_tokens=1).finish == "length"
+
+
+def test_a_cancel_before_the_first_step_counts(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenized = api_call.tokens_of
+
+    def cancelled(*given: Any) -> list[int]:
+        model.cancel()
+        return tokenized(*given)
+
+    monkeypatch.setattr(api, "tokens_of", cancelled)
+    answer = model.generate(QUESTION, temp=0)
+    assert answer.finish == "cancelled" and answer.text == ""
 
 
 @pytest.mark.parametrize("n_out_max", [None, 3])

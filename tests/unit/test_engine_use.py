@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import os
+import signal
 import threading
 import time
 from pathlib import Path
@@ -22,6 +24,7 @@ from mlacli.graph.node import Node
 from mlacli.graph.program import Program
 from mlacli.model.choose import MachineProfile
 from mlacli.settings import fitted
+from mlacli.signals import stop_on_signals
 from tests import reference
 from tests.conftest import TinyModel
 from tests.engines import (
@@ -209,6 +212,15 @@ def test_cancel_ends_a_long_prompt_and_leaves_the_cache_usable(tiny_model: TinyM
 
 
 # -- which path ---------------------------------------------------------------------------------
+
+
+def test_a_signal_that_comes_when_nothing_runs_ends_no_later_step(tiny_model: TinyModel) -> None:
+    engine = make_engine(tiny_model("tiny-v3"))
+    with stop_on_signals(engine) as received:
+        os.kill(os.getpid(), signal.SIGINT)
+        while not received:
+            time.sleep(0.001)
+    assert engine.eval([1], [0]).shape == (1, engine.model.config.n_vocab)
 
 
 def test_machines_with_other_rates_choose_other_paths(tiny_model: TinyModel) -> None:

@@ -191,6 +191,16 @@ def test_the_trained_context_grows_with_yarn() -> None:
     assert config(RopeSettings(rope_scaling="linear", rope_scale=8)).n_ctx_train == 2048
 
 
+def test_flags_stand_beside_overrides_of_the_same_things() -> None:
+    key = "deepseek2.rope.scaling."
+    original = Override(key + "original_context_length", "int", 1024)
+    model = load_model(default_model(), rope=RopeSettings(rope_scale=4), overrides=[original])
+    assert model.config == config(RopeSettings(rope_scale=4, yarn_orig_ctx=1024))
+    kind = Override(key + "type", "str", "linear")
+    model = load_model(default_model(), rope=RopeSettings(rope_scale=8), overrides=[kind])
+    assert model.config.n_ctx_train == 2048
+
+
 def test_flags_of_the_file_s_own_values_change_nothing() -> None:
     rope = RopeSettings(rope_scaling="yarn", rope_scale=4, yarn_orig_ctx=512, rope_freq_base=10000)
     model = load_model(default_model(), rope=rope)

@@ -162,7 +162,7 @@ def test_script(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         ([str(out), str(bad)], "'name=file.jsonl' is wanted"),
         ([str(out), "a=/nonexistent"], "No such file"),
         ([str(out), f"a={rows}"], "nothing varies"),
-        ([str(tmp_path / "x.bmp"), f"a={rows}"], "ends with none of .png"),
+        ([str(tmp_path / "x.bmp"), f"a={rows}"], "does not end with one of .png"),
     ):
         with pytest.raises(SystemExit) as stop:
             main(words)

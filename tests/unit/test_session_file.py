@@ -69,6 +69,7 @@ def test_no_file_is_no_session(tiny_model: TinyModel, tmp_path: Path) -> None:
         ({"type_k": "q8_0"}, r"belongs to -ctk F16, not Q8_0$"),
         ({"mla": 1}, r"belongs to -mla 3, not 1$"),
         ({"flash_attn": False}, r"belongs to -fa True, not False$"),
+        ({"ser": (1, 0.5)}, r"belongs to -ser None, not 1, 0\.5$"),
     ],
 )
 def test_a_session_of_other_settings(
