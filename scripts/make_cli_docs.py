@@ -19,6 +19,7 @@ from mlacli.cli.options import StrictCommand
 from mlacli.debug import VARIABLES
 
 ROOT = Path(__file__).resolve().parent.parent
+_FEW = 3  # flags of a table that may stand in several places
 MARKERS = "<!-- flags -->", "<!-- /flags -->"
 VARIABLE_MARKERS = "<!-- variables -->", "<!-- /variables -->"
 _INTRO = """\
@@ -38,12 +39,18 @@ error is one line that starts with `error: `.
 
 def cli_page() -> str:
     """docs/cli.md."""
-    parts = [_INTRO]
+    parts, told = [_INTRO], dict[str, str]()  # a table, and the command that it stands under
     for name in COMMANDS:
-        command = _command(name)
+        command, same = _command(name), dict[str, list[str]]()
         parts.append(f"## mlacli {name}\n\n{inspect.cleandoc(command.help or '')}\n")
         for section, rows in command.sections().items():
-            parts.append(f"### {section}\n\n{_flag_table(rows)}")
+            found = f"### {section}\n\n{_flag_table(rows)}"
+            if len(rows) > _FEW and told.setdefault(found, name) != name:
+                same.setdefault(told[found], []).append(section)
+            else:
+                parts.append(found)
+        for other, sections in same.items():
+            parts.append(f"As `mlacli {other}`: {', '.join(sections)}.\n")
     codes = ((f"{code}", text) for code, text in EXIT_CODES.items())
     parts.append("## Exit codes\n\n" + table(("code", "meaning"), codes))
     variables = ((f"`{name}`", text) for name, text in VARIABLES.items())
