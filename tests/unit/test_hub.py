@@ -216,7 +216,7 @@ def test_a_command_fetches_and_runs(hub: Hub, tmp_path: Path) -> None:
     command[5] = "me/other"
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60)
     assert done.returncode == 3 and done.stderr.count("\n") == 1
-    for words in (["-hf", REPO, "-m", "x"], ["--offline"], ["-hff", "x"]):
+    for words in (["-hf", REPO, "-m", "x"], ["-hff", "x"], ["-hf", "x"]):
         command[4:] = words
         done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60)
         assert done.returncode == 2 and done.stderr.count("\n") == 1
