@@ -10,6 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from codegen.targets import NAMES, Host, can_run, needs
+from mlacli.files import system_text
 from mlacli.findings import NOTE, OK, PROBLEM, Finding
 from mlacli.fit import size_text
 from mlacli.machine import Peaks
@@ -137,8 +138,8 @@ def peaks_check(peaks: Peaks) -> Finding:
 
 def governors(cpus: Collection[int], sysfs: Path) -> tuple[set[str], str]:
     """(governors of these CPUs, driver); empty where they are not visible."""
-    found = {_text(sysfs / f"cpu{cpu}/cpufreq/scaling_governor") for cpu in cpus} - {""}
-    return found, _text(sysfs / f"cpu{min(cpus)}/cpufreq/scaling_driver") if cpus else ""
+    found = {system_text(sysfs / f"cpu{cpu}/cpufreq/scaling_governor") for cpu in cpus} - {""}
+    return found, system_text(sysfs / f"cpu{min(cpus)}/cpufreq/scaling_driver") if cpus else ""
 
 
 def governor_check(found: Collection[str], driver: str) -> Finding:
@@ -181,10 +182,3 @@ def numa_check(nodes: Sequence[Node], balancing: int) -> Finding:
     if balancing:
         advice += "; as root: sysctl kernel.numa_balancing=0"
     return Finding("NUMA", f"{each}; {state}", NOTE, advice, values)
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text().strip()
-    except OSError:  # not visible here
-        return ""

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mlacli.errors import EXIT_SPACE
+from mlacli.files import system_text
 from mlacli.findings import NOTE, OK, PROBLEM, Finding
 from mlacli.fit import size_text
 from mlacli.report import FITS, TOO_LARGE, MemoryFacts
@@ -42,7 +43,7 @@ class HugePages:
 
 def huge_pages(sysfs: Path, meminfo: str, page_bytes: int) -> HugePages:
     """`sysfs` is /sys/kernel/mm/transparent_hugepage, `meminfo` the text of /proc/meminfo."""
-    chosen = re.search(r"\[(\w+)\]", _text(sysfs / "enabled"))
+    chosen = re.search(r"\[(\w+)\]", system_text(sysfs / "enabled"))
     numbers = dict(re.findall(r"^(\w+):\s+(\d+)", meminfo, re.MULTILINE))
     return HugePages(
         page_bytes,
@@ -207,7 +208,7 @@ def disk_of(path: Path, mountinfo: str, device: int, blocks: Path) -> Disk | Non
     if found is None:
         return None
     name = f"{os.major(device)}:{os.minor(device)}"
-    words = [_text(blocks / name / up / "queue/rotational") for up in (".", "..")]
+    words = [system_text(blocks / name / up / "queue/rotational") for up in (".", "..")]
     virtual = found[2].startswith(_VIRTUAL_DISKS)
     spins = "" if virtual else next((word for word in words if word), "")
     return Disk(*found, rotational={"0": False, "1": True}.get(spins))
@@ -237,10 +238,3 @@ def page_cache_check(share: float | None, size: int) -> Finding:
     text = f"{100 * share:.0f} % of the file's {size_text(size)} are in memory"
     advice = "" if share > 0.99 else "the first run reads the rest from disk"
     return Finding("page cache", text, OK, advice, values)
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text().strip()
-    except OSError:  # not visible here
-        return ""

@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterable
 from functools import cache
 from pathlib import Path
 
+from mlacli.files import system_text
+
 CPUS = Path("/sys/devices/system/cpu")
 
 
@@ -40,7 +42,7 @@ def core_first(cpus: Iterable[int], sysfs: Path) -> list[int]:
     seen: dict[str, int] = {}
     order = []
     for cpu in sorted(cpus):
-        core = _text(sysfs / f"cpu{cpu}/topology/thread_siblings_list") or str(cpu)
+        core = system_text(sysfs / f"cpu{cpu}/topology/thread_siblings_list") or str(cpu)
         seen[core] = seen.get(core, -1) + 1
         order.append((seen[core], cpu))
     return [cpu for _, cpu in sorted(order)]
@@ -87,19 +89,15 @@ def _limits_upwards(root: Path, path: str, read: Callable[[Path], float | None])
 
 
 def _quota_v2(folder: Path) -> float | None:
-    match = re.fullmatch(r"(\d+) (\d+)\s*", _text(folder / "cpu.max"))
+    match = re.fullmatch(r"(\d+) (\d+)\s*", system_text(folder / "cpu.max"))
     return int(match[1]) / int(match[2]) if match else None
 
 
 def _quota_v1(folder: Path) -> float | None:
-    quota, period = _text(folder / "cpu.cfs_quota_us"), _text(folder / "cpu.cfs_period_us")
+    quota, period = (
+        system_text(folder / "cpu.cfs_quota_us"),
+        system_text(folder / "cpu.cfs_period_us"),
+    )
     if re.fullmatch(r"\d+\s*", quota) and re.fullmatch(r"\d+\s*", period):
         return int(quota) / int(period)
     return None
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text()
-    except OSError:  # no such controller here: no limit
-        return ""

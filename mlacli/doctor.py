@@ -19,6 +19,7 @@ from mlacli import __version__, checks_cpu, checks_memory
 from mlacli.cpu_count import CPUS, allowed_cpus, cpu_quota, default_threads, physical_cores
 from mlacli.debug import ENV
 from mlacli.errors import MlaError
+from mlacli.files import system_text
 from mlacli.findings import PROBLEM, Finding
 from mlacli.free_memory import container_bytes
 from mlacli.gguf.reader import open_gguf
@@ -47,7 +48,7 @@ def examine(model: Path | None) -> Iterator[Finding]:
 
 def _cpu(*, runs: bool) -> Iterator[Finding]:
     allowed = allowed_cpus()
-    online = parse_cpu_list(_text(CPUS / "online")) or allowed
+    online = parse_cpu_list(system_text(CPUS / "online")) or allowed
     yield checks_cpu.threads_check(
         len(online),
         physical_cores(online, CPUS),
@@ -79,7 +80,7 @@ def _memory(model: Path | None) -> Iterator[Finding]:
     )
     pages = checks_memory.huge_pages(
         Path("/sys/kernel/mm/transparent_hugepage"),
-        _text(Path("/proc/meminfo")),
+        system_text(Path("/proc/meminfo")),
         resource.getpagesize(),
     )
     yield checks_memory.pages_check(pages)
@@ -87,7 +88,7 @@ def _memory(model: Path | None) -> Iterator[Finding]:
         None if limit == resource.RLIM_INFINITY else limit
         for limit in resource.getrlimit(resource.RLIMIT_MEMLOCK)
     )
-    exempt = checks_memory.may_lock(_text(Path("/proc/self/status")))
+    exempt = checks_memory.may_lock(system_text(Path("/proc/self/status")))
     yield checks_memory.memlock_check(soft, hard, _weight_bytes(model), exempt=exempt)
 
 
@@ -136,7 +137,7 @@ def _fit(path: Path) -> Iterator[Finding]:
 def _file(path: Path) -> Iterator[Finding]:
     file = open_gguf(path)
     status, real = path.stat(), path.resolve()
-    mounts = _text(Path("/proc/self/mountinfo"))
+    mounts = system_text(Path("/proc/self/mountinfo"))
     disk = checks_memory.disk_of(real, mounts, status.st_dev, Path("/sys/dev/block"))
     yield checks_memory.disk_check(disk)
     told = status.st_uid == os.geteuid() or os.access(path, os.W_OK)
@@ -154,10 +155,3 @@ def _or_problem(title: str, check: Callable[[], Iterator[Finding]]) -> Iterator[
         yield from check()
     except MlaError as problem:
         yield Finding(title, str(problem), PROBLEM, exit_code=problem.exit_code)
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text()
-    except OSError:  # another system
-        return ""

@@ -1,4 +1,4 @@
-"""Writing files so that what bears the name is always whole."""
+"""Writing files so that what bears the name is always whole; reading the system's."""
 
 from __future__ import annotations
 
@@ -58,3 +58,11 @@ def write_text(flag: str, path: Path, text: str) -> None:
         write_whole(path, [text.encode("utf-8", "backslashreplace")])
     except OSError as problem:
         raise SpaceError(f"{flag}: {path}: {problem.strerror}") from problem
+
+
+def system_text(path: Path) -> str:
+    """What a file of /proc or /sys says, without white space around it; nothing where it is not."""
+    try:
+        return path.read_text().strip()
+    except OSError:
+        return ""

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+from mlacli.files import system_text
+
 
 def available_bytes() -> int:
     """Memory to be had without swapping; page cache counts as free, it gives way."""
@@ -23,16 +25,16 @@ def container_bytes(membership: Path, mount: Path) -> int | None:
     """
     left = []
     for folder, limit_name, used_name, prefix in _groups(membership, mount):
-        limit, used = (_number(_text(folder / name)) for name in (limit_name, used_name))
+        limit, used = (_number(system_text(folder / name)) for name in (limit_name, used_name))
         if limit is not None and used is not None:
-            used -= _page_cache(_text(folder / "memory.stat"), prefix)
+            used -= _page_cache(system_text(folder / "memory.stat"), prefix)
             left.append(max(0, limit - max(0, used)))
     return min(left, default=None)
 
 
 def _groups(membership: Path, mount: Path) -> Iterator[tuple[Path, str, str, str]]:
     """(folder, file of the limit, file of the usage, prefix in memory.stat), innermost first."""
-    for line in _text(membership).splitlines():
+    for line in system_text(membership).splitlines():
         _, controllers, path = line.split(":", 2)
         if controllers and "memory" not in controllers.split(","):
             continue
@@ -58,10 +60,3 @@ def _number(text: str) -> int | None:
     """None for "max" and for nothing at all."""
     text = text.strip()
     return int(text) if text.isdecimal() else None
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text()
-    except OSError:  # no such controller here: no limit
-        return ""

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+from mlacli.files import system_text
+
 NODES = Path("/sys/devices/system/node")
 BALANCING = Path("/proc/sys/kernel/numa_balancing")
 
@@ -28,7 +30,7 @@ def numa_nodes(sysfs: Path = NODES) -> tuple[Node, ...]:
         for folder in sysfs.glob("node*")
         if re.fullmatch(r"node\d+", folder.name)
     ]
-    online = _text(sysfs / "online")
+    online = system_text(sysfs / "online")
     kept = found if not online else [n for n in found if n.number in parse_cpu_list(online)]
     return tuple(sorted(kept, key=lambda node: node.number))
 
@@ -39,8 +41,8 @@ def nodes_with_cpus(sysfs: Path = NODES) -> tuple[Node, ...]:
 
 
 def _node(folder: Path, number: int) -> Node:
-    total = re.search(r"MemTotal:\s+(\d+) kB", _text(folder / "meminfo"))
-    cpus = parse_cpu_list(_text(folder / "cpulist"))
+    total = re.search(r"MemTotal:\s+(\d+) kB", system_text(folder / "meminfo"))
+    cpus = parse_cpu_list(system_text(folder / "cpulist"))
     return Node(number, cpus, 1024 * int(total[1]) if total else 0)
 
 
@@ -52,13 +54,13 @@ def first_cpu() -> int | None:
 
 def last_cpu(stat: Path) -> int | None:
     """The CPU that a process last ran on, from its /proc/PID/stat."""
-    words = _text(stat).rpartition(")")[2].split()  # the name before may hold anything
+    words = system_text(stat).rpartition(")")[2].split()  # the name before may hold anything
     return int(words[36]) if len(words) > 36 else None
 
 
 def numa_balancing(path: Path = BALANCING) -> int:
     """Nonzero: the kernel moves pages and threads between nodes by itself."""
-    text = _text(path).strip()
+    text = system_text(path).strip()
     return int(text) if text.isdecimal() else 0
 
 
@@ -79,10 +81,3 @@ def cpu_list_text(cpus: Iterable[int]) -> str:
         else:
             runs.append([cpu, cpu])
     return ",".join(f"{a}-{b}" if b > a else f"{a}" for a, b in runs)
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text()
-    except OSError:  # this system has none
-        return ""

@@ -283,16 +283,20 @@ def _kept(session: Session, n_prompt: int) -> int | None:
 def prompt_tokens(session: Session, note: Callable[[str], None]) -> list[int]:
     """The request's prompt: through the chat template, or as raw text after BOS.
 
-    Raises UsageError when the context has no room for it.
+    Raises UsageError when the context has no room for it; at once when its length alone says so.
     """
-    request = session.request
+    request, n_ctx = session.request, session.engine.n_ctx
+    least = session.tokenizer.minimum_tokens(request.prompt)
+    if least >= n_ctx:
+        raise UsageError(_too_long(f"at least {least}", n_ctx))
     tokens = encode_prompt(session.tokenizer, session.template, request, note)
-    if len(tokens) >= session.engine.n_ctx:
-        raise UsageError(
-            f"the prompt has {len(tokens)} tokens, more than -c {session.engine.n_ctx} leaves "
-            f"room for (limit {session.engine.n_ctx - 1})"
-        )
+    if len(tokens) >= n_ctx:
+        raise UsageError(_too_long(str(len(tokens)), n_ctx))
     return tokens
+
+
+def _too_long(n: str, n_ctx: int) -> str:
+    return f"the prompt has {n} tokens, more than -c {n_ctx} leaves room for (limit {n_ctx - 1})"
 
 
 def _profiled(profiles: Profiles, engine: Engine, jit: Jit) -> Iterator[str]:

@@ -60,10 +60,6 @@ class Program:
                 self._walks[i] = self._walk_words(walk)
                 self.table[i, 3] = self._walks[i].ctypes.data
 
-    @property
-    def n_barriers(self) -> int:
-        return int(self.table[:, 2].sum())
-
     def run(self, pool: Pool, n_threads: int, records: Records | None = None) -> bool:
         """One pass, its times into `records`; False when it was cancelled."""
         self._counters[:] = 0
