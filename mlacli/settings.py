@@ -38,6 +38,7 @@ from mlacli.placement import (
 )
 from mlacli.sampling_settings import MAX_INT, SamplingSettings, sampling_notes
 
+OFF = "off"
 ALL_CORES = -1  # of the CPUs chosen
 SAME_AS_THREADS = -1
 TEXT = "text"  # as the model writes it
@@ -83,7 +84,7 @@ class RunSettings:
     verbose: bool = False
     # Where threads run and how they wait. A mask has bit i for CPU i, a range is a mask as well;
     # what is None for prompts (_batch) is as it is for generation.
-    numa: str | None = field(default=None, metadata=ruled(Choice("--numa", NUMA)))
+    numa: str | None = field(default=None, metadata=ruled(Choice("--numa", (*NUMA, OFF))))
     cpu_mask: int | None = field(default=None, metadata=ruled(CpuMask("-C")))
     cpu_range: int | None = field(default=None, metadata=ruled(CpuRange("-Cr")))
     cpu_strict: bool = field(default=False, metadata=ruled(Switch("--cpu-strict")))
@@ -97,6 +98,8 @@ class RunSettings:
     poll_batch: int | None = field(default=None, metadata=limited("--poll-batch", 0, 100))
 
     def __post_init__(self) -> None:
+        if self.numa == OFF:
+            object.__setattr__(self, "numa", None)
         if self.n_threads == ALL_CORES:
             object.__setattr__(self, "n_threads", default_threads(self.cpus()))
         if self.n_threads_batch == SAME_AS_THREADS:

@@ -87,7 +87,7 @@ REFUSED = {
     "bench -ctk f16,foo": f"-ctk: 'foo' is not one of {CACHE_TYPES}",
     "run -C xyz": "-C: 'xyz' is not a hexadecimal mask",
     "run -Cr 5": "-Cr: '5' is not a range of CPUs (as 0-7, 4- or -3)",
-    "chat --numa mirror": "--numa: 'mirror' is not one of distribute, isolate, numactl",
+    "chat --numa mirror": "--numa: 'mirror' is not one of distribute, isolate, numactl, off",
     "sweep --prio 4": "--prio: 4 is out of range (-1 to 3)",
     "run --poll-batch 101": "--poll-batch: 101 is out of range (0 to 100)",
     "run --prio-batch 1": "--prio-batch: a thread whose priority was lowered may not raise it "

@@ -39,7 +39,7 @@ TEXT: dict[str, tuple[str, str, str, str]] = {
     "numa": (
         THREADS,
         "--numa",
-        "distribute|isolate|numactl",
+        "distribute|isolate|numactl|off",
         "Threads on all NUMA nodes in turn, on the node where the process started, or on the CPUs "
         "that numactl chose.",
     ),
