@@ -10,7 +10,7 @@ from typing import Literal
 from mlacli.engine import Logits
 from mlacli.generation import Generator
 from mlacli.sampling_settings import MAX_INT
-from mlacli.text.reasoning import Spoken
+from mlacli.text.reasoning import END, START, Spoken
 from mlacli.text.stops import Stops
 from mlacli.text.tokenizer import StreamDecoder, Tokenizer
 
@@ -67,13 +67,21 @@ class Reply:
             yield None, text
 
     def _fed(self, decoder: StreamDecoder, token: int) -> tuple[str, bool]:
-        """As `_next`, for a token; nothing that was held back reaches across a control token."""
-        if not (self.special and self.tokenizer.is_control(token)):
+        """As `_next`, for a token; nothing that was held back reaches across a control token.
+
+        The marks of a thought are text in any case: some files have them as control tokens.
+        """
+        if not self.tokenizer.is_control(token):
+            return self._next(decoder.feed(token))
+        shown = self.tokenizer.piece(token).decode(errors="replace")
+        if shown in (START, END):
+            return self._next(decoder.flush() + shown)
+        if not self.special:
             return self._next(decoder.feed(token))
         before, stopped = self._next(decoder.flush())
         if stopped:
             return before, True
-        held, shown = self.stops.flush(), self.tokenizer.piece(token).decode(errors="replace")
+        held = self.stops.flush()
         self.text += held
         if not self.says_special:
             return before + held + shown, False

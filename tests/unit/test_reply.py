@@ -31,7 +31,7 @@ class Words:
         return token.encode()
 
     def is_control(self, token: str) -> bool:
-        return token.startswith("<|")
+        return token.startswith("<|") or token in ("<think>", "</think>")
 
     def is_end_of_generation(self, token: str) -> bool:
         return token == "<|end|>"
@@ -91,4 +91,11 @@ def test_in_a_conversation_control_tokens_are_shown_but_not_said() -> None:
 def test_thoughts_are_left_out() -> None:
     spoken = Spoken(inside=True)
     shown, reply = answered("hm", CONTROL, "</th", "ink>", "yes", special=True, spoken=spoken)
+    assert shown == reply.text == "yes"
+
+
+def test_marks_of_thoughts_may_be_control_tokens() -> None:
+    shown, reply = answered("<think>", "hm", "</think>", "yes", CONTROL)
+    assert shown == reply.text == "<think>hm</think>yes"
+    shown, reply = answered("hm", "</think>", "yes", spoken=Spoken(inside=True))
     assert shown == reply.text == "yes"
