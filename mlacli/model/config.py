@@ -31,6 +31,7 @@ _OTHER_MLA_ARCHS = (
 )
 MAX_LAYERS, MAX_EXPERTS, MAX_HEADS = 1_024, 4_096, 4_096
 MAX_WIDTH = 2**20
+WIDTH_STEP = 32
 MAX_CONTEXT = 2**30
 MAX_ROPE_FACTOR = 65_536.0
 _FILE_TYPES = {
@@ -256,7 +257,22 @@ def _head_sizes(keys: Keys) -> tuple[int, int, int, int]:
         if row != kv_lora_rank + n_rope:
             problem = "not kv_lora_rank + rope.dimension_count"
             raise keys.fail("attention.key_length", problem, row, kv_lora_rank + n_rope)
+    _check_widths(keys, suffix, kv_lora_rank, n_rope, n_key, n_v)
     return n_key - n_rope, n_rope, n_v, kv_lora_rank
+
+
+def _check_widths(
+    keys: Keys, suffix: str, kv_lora_rank: int, n_rope: int, n_key: int, n_v: int
+) -> None:
+    """Kernels read whole registers: rows of heads and of the cache are cut into pieces of 32."""
+    for key, width in (
+        ("attention.kv_lora_rank", kv_lora_rank),
+        ("rope.dimension_count", n_rope),
+        ("attention.key_length" + suffix, n_key),
+        ("attention.value_length" + suffix, n_v),
+    ):
+        if width % WIDTH_STEP:
+            raise keys.fail(key, "not supported", width, f"a multiple of {WIDTH_STEP}")
 
 
 def _q_lora_rank(file: GGUFFile, keys: Keys) -> int:

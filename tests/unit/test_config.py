@@ -363,7 +363,7 @@ def refused(path: Path, words: str) -> None:
     with pytest.raises(ModelError) as caught:
         load(path)
     line = str(caught.value)
-    assert len(line) <= LINE_LIMIT and line.isprintable() and "edited.gguf: " in line
+    assert len(line) <= LINE_LIMIT and line.isprintable() and f"{path.name}: " in line
     for word in words.split():
         assert word in line.partition(": ")[2], f"{word!r} is not in {line!r}"
 
@@ -372,6 +372,20 @@ def refused(path: Path, words: str) -> None:
 def test_wrong_key_is_named(case: str, tiny_model: TinyModel, tmp_path: Path) -> None:
     changes, words = KEY_CASES[case]
     refused(edited(tiny_model, tmp_path, changes), words)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "words"),
+    [
+        ({"rope": 48}, "rope.dimension_count 48 32"),
+        ({"nope": 40}, "attention.key_length 72 32"),
+        ({"v": 48}, "attention.value_length 48 32"),
+    ],
+)
+def test_heads_that_kernels_cannot_read(
+    sizes: dict[str, int], words: str, tiny_model: TinyModel
+) -> None:
+    refused(tiny_model("tiny-v3", "F32", "joint", sparse=True, **sizes), words)
 
 
 def test_split_files_describe_heads_and_rows(tiny_model: TinyModel, tmp_path: Path) -> None:
