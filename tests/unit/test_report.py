@@ -282,20 +282,24 @@ def test_a_type_that_kernels_cannot_read(tiny_model: TinyModel, tmp_path: Path) 
 
 
 def test_a_v3_sized_file_takes_less_than_0_7_s(v3: Model, tmp_path: Path) -> None:
-    """Time on the CPU, which other processes hardly lengthen; the best of four.
+    """Time on the CPU, the best of four; on a machine that is slow just now as much longer as
+    loading two libraries takes, which is 0.14 s else.
 
     The first run compiles Python's bytecode, as an installation does.
     """
     surroundings = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
     surroundings["PYTHONPYCACHEPREFIX"] = str(tmp_path)
     command = [sys.executable, "-m", "mlacli", "report", "-m", str(v3.file.path), "-c", "0"]
-    seconds = []
-    for _ in range(4):
+
+    def taken(*words: str) -> tuple[float, str]:
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
         done = subprocess.run(
-            command, cwd=ROOT, env=surroundings, capture_output=True, text=True, check=True
+            words, cwd=ROOT, env=surroundings, capture_output=True, text=True, check=True
         )
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        assert "KV self size  = 10980.00 MiB" in done.stdout
-        seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
-    assert min(seconds) < 0.7
+        return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, done.stdout
+
+    runs = [(taken(*command), taken(sys.executable, "-c", "import numpy, typer")) for _ in range(4)]
+    assert all("KV self size  = 10980.00 MiB" in told for (_, told), _ in runs)
+    seconds, libraries = (min(one) for one in zip(*((a[0], b[0]) for a, b in runs), strict=True))
+    assert seconds < 0.7 * max(1, libraries / 0.14), f"{seconds:.2f} s, libraries {libraries:.2f} s"
