@@ -1,4 +1,4 @@
-"""One answer as it is made: its pieces, why it ended, and all of it as one JSON object."""
+"""Where an answer goes, and all of it as one JSON object."""
 
 from __future__ import annotations
 

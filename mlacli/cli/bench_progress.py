@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from types import TracebackType
 from typing import TYPE_CHECKING
 
 from mlacli.cli import console
+from mlacli.cli.progress import new_bar
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
@@ -24,9 +24,10 @@ class BenchProgress:
         self._task: TaskID | None = None
 
     def __enter__(self) -> BenchProgress:
-        if sys.stderr is not None and sys.stderr.isatty():
-            self._bar = _new_bar()
-        if self._bar is not None:
+        if console.shows_bars():
+            from rich.progress import TimeRemainingColumn
+
+            self._bar = new_bar(TimeRemainingColumn(), background=False)
             self._task = self._bar.add_task("", total=self._n_tests * self._runs)
             self._bar.start()
         return self
@@ -69,23 +70,3 @@ class BenchProgress:
         if self._bar is not None and self._task is not None:
             told = f"{self._number}/{self._n_tests} {self._test}: {what}"
             self._bar.update(self._task, completed=self._done, description=told, refresh=True)
-
-
-def _new_bar() -> Progress | None:
-    """None where a terminal cannot move its cursor (TERM=dumb)."""
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-    terminal = Console(stderr=True)
-    if terminal.is_dumb_terminal:
-        return None
-    return Progress(
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        TimeRemainingColumn(),
-        console=terminal,
-        auto_refresh=False,
-        transient=True,
-        redirect_stdout=False,
-        redirect_stderr=False,
-    )

@@ -218,8 +218,8 @@ _MARKS = {"ok": "green", "note": "yellow", "problem": "bold red"}
 
 
 def marked(text: str, status: str) -> str:
-    """In the colour of a status on a terminal that shows colours, else as it is."""
-    if not ENV.colours or sys.stdout is None or not sys.stdout.isatty():
+    """In the colour of a status where colours are shown, else as it is."""
+    if not shows_colours(sys.stdout):
         return text
     from rich.color import ColorSystem
     from rich.style import Style

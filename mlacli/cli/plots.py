@@ -12,7 +12,6 @@ from typing import Annotated, Any
 
 from mlacli.cli import console
 from mlacli.cli.options import flag
-from mlacli.debug import ENV
 from mlacli.errors import UsageError
 
 _FLAG, _WITH = "--plot", "--plot-with"
@@ -105,4 +104,5 @@ def _terminal() -> tuple[int, bool]:
     """Width of stderr in characters, and whether it shows colours."""
     if sys.stderr is None or not sys.stderr.isatty():
         return shutil.get_terminal_size().columns, False
-    return max(40, os.get_terminal_size(sys.stderr.fileno()).columns), ENV.colours
+    columns = os.get_terminal_size(sys.stderr.fileno()).columns
+    return max(40, columns), console.shows_colours(sys.stderr)

@@ -17,7 +17,6 @@ from mlacli.cli import console
 from mlacli.progress import Progress
 
 if TYPE_CHECKING:
-    from rich import console as rich_console
     from rich import progress as rich_progress
 
 _DELAY = 0.5  # seconds of work that is not worth a bar
@@ -116,31 +115,37 @@ class _Bar:
                     shown.refresh()
 
     def _start(self) -> tuple[rich_progress.Progress, rich_progress.TaskID]:
-        shown, terminal = _bar_of(self.text, self._background)
+        shown = _bar_of(self.text, self._background)
         task = shown.add_task(self._what, completed=self._done, total=self._total or None)
         shown.start()
-        terminal.show_cursor(True)  # a process that is killed cannot bring it back
+        shown.console.show_cursor(True)  # a process that is killed cannot bring it back
         return shown, task
 
 
-def _bar_of(
-    text: Callable[[], str], background: bool
-) -> tuple[rich_progress.Progress, rich_console.Console]:
+def _bar_of(text: Callable[[], str], background: bool) -> rich_progress.Progress:
     from rich import progress
-    from rich.console import Console
     from rich.text import Text
 
     class State(progress.ProgressColumn):
         def render(self, task: progress.Task) -> Text:
             return Text(text())
 
+    return new_bar(State(), background=background)
+
+
+def new_bar(*columns: rich_progress.ProgressColumn, background: bool) -> rich_progress.Progress:
+    """A bar on stderr: what is done, how far it is, and these columns. Not in the `background`, it
+    is only drawn when it is told to. Only where `console.shows_bars`."""
+    from rich import progress
+    from rich.console import Console
+
     terminal = Console(
         file=sys.stderr, force_terminal=True, no_color=not console.shows_colours(sys.stderr)
     )
-    shown = progress.Progress(
+    return progress.Progress(
         progress.TextColumn("{task.description}", markup=False),
         progress.BarColumn(),
-        State(),
+        *columns,
         console=terminal,
         transient=True,
         auto_refresh=background,
@@ -148,4 +153,3 @@ def _bar_of(
         redirect_stdout=False,
         redirect_stderr=False,
     )
-    return shown, terminal

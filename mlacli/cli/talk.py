@@ -26,9 +26,8 @@ def talk(settings: RunSettings, request: Request) -> int:
     """A conversation until /exit, the end of input or Ctrl-C at the prompt."""
     with open_session(settings, request, console.note, watch=bar) as session:
         session.announce(console.note)
-        session.prepare()
         session.warm_up()
-        for line in (*session.jit.notes, *session.engine.pool.notes):
+        for line in session.prepare():
             console.note(f"note: {line}")
         if not session.has_template:
             console.note(NO_TEMPLATE)
@@ -36,8 +35,7 @@ def talk(settings: RunSettings, request: Request) -> int:
         try:
             Talk(session, request).run()
         finally:
-            if session.generator.tokens:
-                session.save()
+            session.save()
     return 0
 
 
